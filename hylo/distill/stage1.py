@@ -1,0 +1,63 @@
+"""Stage 1, Enhanced-ILD (arXiv 2604.24715): every layer learns its teacher layer's outputs on the teacher's input.
+
+loss = sum over replaced layers of  mean_t |h_s - h_t|_2 + mean_t |a_s - a_t|_2
+
+h is a layer's output, a its mixer's output before the residual; norms over the hidden axis, not squared. No layer sees
+another student layer, so one pass over the mixers of the layout trains each as it would be trained alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+
+from hylo.modeling import HyLoForCausalLM
+from hylo.upcycle.trace import LayerTrace, fed_with, recorded, trace_layers
+
+
+def layerwise_loss(student: LayerTrace, teacher: LayerTrace, layers: list[int], mask: Tensor, count: Tensor) -> Tensor:
+    """The loss above over `layers`, summed over tokens where `mask` `[B, T]` is true and divided by `count`."""
+    total = torch.zeros((), device=mask.device)
+    for i in layers:
+        for ours, theirs in ((student.outputs, teacher.outputs), (student.mixer_outputs, teacher.mixer_outputs)):
+            difference = (ours[i].float() - theirs[i].float())[mask]
+            total = total + torch.linalg.vector_norm(difference, dim=-1).sum() / count
+    return total
+
+
+def freeze_all_but_mixers(student: HyLoForCausalLM) -> list[int]:
+    """Lets only the parameters of replaced mixers train. Returns their layers."""
+    student.requires_grad_(False)
+    replaced = [i for i, layer in enumerate(student.model.layers) if layer.mixer.name != "attention"]
+    for i in replaced:
+        student.model.layers[i].mixer.requires_grad_(True)
+    return replaced
+
+
+class LayerwiseTrainer(Trainer):
+    """A Trainer whose loss is `layerwise_loss`. The student runs as a whole model, each layer fed by the teacher.
+
+    The model's own forward is called, so wrappers for several devices see an ordinary pass.
+    """
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        batch = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        mask = inputs["labels"] != -100
+        teacher = trace_layers(self.teacher, batch)
+        student = self.accelerator.unwrap_model(model)
+        with fed_with(student, teacher.inputs), recorded(student) as trace:
+            model(**batch, use_cache=False, logits_to_keep=1)
+        layers = [i for i, layer in enumerate(student.model.layers) if layer.mixer.name != "attention"]
+        count = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        return layerwise_loss(trace, teacher, layers, mask, count)

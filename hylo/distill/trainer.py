@@ -1,0 +1,143 @@
+"""Runs one stage of a recipe on transformers.Trainer."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hylo.distill.recipe import StageSection
+from hylo.distill.stage1 import LayerwiseTrainer, freeze_all_but_mixers
+from hylo.distill.stage2 import DistillationTrainer
+from hylo.text import Windows
+from hylo.errors import HyLoError
+from hylo.modeling import HyLoForCausalLM
+from hylo.progress import Bar
+
+
+class StageProgress(TrainerCallback):
+    """A bar over tokens with the loss beside it, and each logged step as a line of JSON. Stops at a loss that is NaN."""
+
+    def __init__(self, stage: StageSection, metrics: Path) -> None:
+        self.stage, self.metrics = stage, metrics
+        self.bar: Bar | None = None
+        self.status = ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = Bar(self.stage.name, state.max_steps * self.stage.tokens_per_step, "tokens")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.bar is not None
+        self.bar.advance(self.stage.tokens_per_step, self.status)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self.close()
+            raise HyLoError(
+                f"{self.stage.name}: loss {loss}, gradient norm {norm} at step {state.global_step}; "
+                "expected finite numbers (a lower learning_rate may help)"
+            )
+        self.status = f"loss {loss:.3f}"
+        entry = {"step": state.global_step, "tokens": state.global_step * self.stage.tokens_per_step, **logs}
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+
+def train_stage(
+    stage: StageSection,
+    student: HyLoForCausalLM,
+    teacher: PreTrainedModel,
+    data: Windows,
+    output: Path,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Trains the student in place. Returns what was logged: step, tokens, loss, gradient norm, learning rate.
+
+    Args:
+        teacher: frozen; for a layerwise stage it has the student's layers.
+        data: windows of `stage.length`; gone over again where the stage has more tokens.
+        output: a folder for `metrics.jsonl`.
+        dtype: of matrix products.
+
+    Raises:
+        HyLoError: where loss or gradients stop being finite.
+    """
+    teacher.requires_grad_(False).eval()
+    trainer_class: type[LayerwiseTrainer] | type[DistillationTrainer]
+    replaced = freeze_all_but_mixers(student)
+    if not replaced:
+        raise HyLoError(f"{stage.name}: every layer of the layout is attention; there is nothing to train")
+    trainer_class = LayerwiseTrainer if stage.objective == "layerwise" else DistillationTrainer
+    if stage.train == "all":
+        student.requires_grad_(True)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.accumulation,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(stage.warmup * stage.steps),
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=max(1, stage.steps // 100),
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+        data_seed=seed,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    progress = StageProgress(stage, output / "metrics.jsonl")
+    trainer: Trainer = trainer_class(
+        model=student, args=arguments, train_dataset=data, callbacks=[progress], teacher=teacher
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    try:
+        trainer.train()
+    finally:
+        progress.close()
+    student.requires_grad_(True)
+    student.eval()
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

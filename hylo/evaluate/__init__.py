@@ -1,0 +1,1 @@
+"""What a conversion kept: scores against the base, and reports."""

@@ -1,0 +1,60 @@
+"""Writing files so that what exists is whole: to a temporary name first, then moved."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hylo.errors import HyLoError
+
+
+@contextmanager
+def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new directory beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises HyLoError where `path` exists and `overwrite` is false, before anything is written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise HyLoError(f"{path} already exists; choose another output or pass --overwrite")
+    if path.exists() and not path.is_dir():
+        raise HyLoError(f"{path} is a file; expected a directory to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    except OSError as error:
+        raise HyLoError(f"cannot write to {path.parent}: {error.strerror}") from None
+    try:
+        os.chmod(work, 0o755)
+        yield work
+        if path.exists():
+            old = work.with_name(work.name.replace(".partial-", ".old-"))
+            os.replace(path, old)
+            os.replace(work, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON to a temporary name and moves it to `path`."""
+    work = path.with_name(f".{path.name}.partial")
+    work.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(work, path)
+
+
+def read_json(path: Path) -> Any:
+    """Raises HyLoError where the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise HyLoError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise HyLoError(f"{path} is not readable JSON: {error}") from None

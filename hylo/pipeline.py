@@ -1,0 +1,286 @@
+"""`hylo upcycle`: the whole road from a base to a scored hybrid, in steps that are done once.
+
+Each step writes one folder of the run, whole or not at all, with a `step.json` that holds a fingerprint of everything
+the step depends on. A step whose folder is there and whose fingerprint fits is not done again; one whose fingerprint
+does not fit is refused, unless it is asked for by name.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from hylo.distill.recipe import Recipe, StageSection
+from hylo.text import Document, hold_out, make_windows, read_documents, without_overlap
+from hylo.distill.trainer import train_stage
+from hylo.errors import HyLoError
+from hylo.evaluate.agreement import Scores, evaluate, make_reference
+from hylo.evaluate.report import write_report
+from hylo.files import atomic_directory, read_json, write_json
+from hylo.generate import continue_prompt
+from hylo.precision import autocast, default_device, resolve_precision
+from hylo.progress import console
+from hylo.upcycle.bases import Base, check_same_vocabulary, load_model, load_tokenizer, model_folder, resolve_base, save_checkpoint
+from hylo.upcycle.calibrate import calibrate_checkpoint
+from hylo.upcycle.convert import DTYPES, plan_conversion, write_checkpoint
+
+_STEP_FILE = "step.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a run: its name, what it depends on besides the steps before it, and what it does.
+
+    `action` gets the folder to fill; its result is kept in the step's `step.json`.
+    """
+
+    name: str
+    depends_on: Any
+    action: Callable[[Path], dict[str, Any]]
+
+
+class UpcycleRun:
+    """A recipe being carried out in a folder.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder; made where it does not exist.
+    """
+
+    def __init__(self, recipe: Recipe, output: Path) -> None:
+        self.recipe, self.output = recipe, Path(output)
+        self.device = default_device()
+        self.dtype = resolve_precision(recipe.precision)
+
+    # What several steps read.
+
+    @cached_property
+    def base_folder(self) -> Path:
+        return model_folder(self.recipe.base, self.output / "base")
+
+    @cached_property
+    def teacher_folder(self) -> Path:
+        if self.recipe.teacher is None:
+            return self.base_folder
+        return model_folder(self.recipe.teacher, self.output / "teacher")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base_folder)
+
+    @cached_property
+    def documents(self) -> tuple[list[Document], list[Document]]:
+        """For training and for evaluation, disjoint in text."""
+        data = self.recipe.data
+        training = read_documents(data.train)
+        held_out = hold_out(training, data.holdout) if data.eval is None else read_documents(data.eval)
+        return without_overlap(training, held_out), held_out
+
+    def _model(self, folder: Path) -> PreTrainedModel:
+        return load_model(folder, torch.float32).to(self.device)
+
+    # The steps.
+
+    @property
+    def steps(self) -> list[Step]:
+        recipe = self.recipe
+        training = [self._stage_step(stage) for stage in recipe.stages]
+        data = recipe.data.model_dump()
+        steps = [Step("convert", [recipe.base, recipe.layout, recipe.geometry], self._convert)]
+        if recipe.calibration is not None:
+            depends = [recipe.calibration.model_dump(), data, recipe.seed, str(self.dtype)]
+            steps.append(Step("calibrate", depends, self._calibrate))
+        steps += training
+        steps.append(Step("model", recipe.save_dtype, self._save))
+        steps.append(Step("evaluate", [recipe.evaluation.model_dump(), data, str(self.dtype)], self._evaluate))
+        steps.append(Step("report", None, self._report))
+        return steps
+
+    @property
+    def step_names(self) -> list[str]:
+        return [step.name for step in self.steps]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The steps that leave a checkpoint of the hybrid, in order, before the finished model."""
+        return [name for name in self.step_names if name not in ("model", "evaluate", "report")]
+
+    def _previous(self, name: str) -> Path:
+        """The checkpoint that a step starts from."""
+        before = self.step_names[: self.step_names.index(name)]
+        return self.output / [step for step in before if step in self.checkpoints][-1]
+
+    def _convert(self, folder: Path) -> dict[str, Any]:
+        with Base.open(self.base_folder) as base:
+            plan = plan_conversion(
+                base,
+                self.recipe.layout,
+                self.recipe.geometry,
+                dtype="float32",
+                solve_output=self.recipe.calibration is not None,
+                source_name=self.recipe.base,
+            )
+            write_checkpoint(plan, base, folder)
+        return {"parameters": plan.parameters}
+
+    def _calibrate(self, folder: Path) -> dict[str, Any]:
+        section = self.recipe.calibration
+        assert section is not None
+        windows = make_windows(
+            self.documents[0], self.tokenizer, section.length, limit_tokens=section.tokens, seed=self.recipe.seed
+        )
+        calibrate_checkpoint(
+            self._previous("calibrate"),
+            self.base_folder,
+            windows,
+            folder,
+            dtype=self.dtype,
+            batch_size=section.batch_size,
+            ridge=section.ridge,
+            sequential=section.sequential,
+        )
+        return {"tokens": windows.tokens}
+
+    def _stage_step(self, stage: StageSection) -> Step:
+        recipe = self.recipe
+        depends = [stage.model_dump(), recipe.teacher, recipe.data.model_dump(), recipe.seed, str(self.dtype)]
+        return Step(stage.name, depends, lambda folder: self._stage(stage, folder))
+
+    def _stage(self, stage: StageSection, folder: Path) -> dict[str, Any]:
+        set_seed(self.recipe.seed)
+        windows = make_windows(
+            self.documents[0], self.tokenizer, stage.length, limit_tokens=stage.tokens, seed=self.recipe.seed
+        )
+        student = self._model(self._previous(stage.name))
+        teacher = self._model(self.base_folder if stage.objective == "layerwise" else self.teacher_folder)
+        logs = train_stage(stage, student, teacher, windows, folder, dtype=self.dtype, seed=self.recipe.seed)
+        save_checkpoint(student, folder, self.base_folder)
+        return {"tokens": stage.steps * stage.tokens_per_step, "distinct_tokens": windows.tokens, "logs": logs}
+
+    def _save(self, folder: Path) -> dict[str, Any]:
+        model = self._model(self._previous("model"))
+        save_checkpoint(model.to(DTYPES[self.recipe.save_dtype]), folder, self.base_folder)
+        return {}
+
+    def _evaluate(self, folder: Path) -> dict[str, Any]:
+        section = self.recipe.evaluation
+        windows = make_windows(
+            self.documents[1], self.tokenizer, section.length, limit_tokens=section.tokens, seed=self.recipe.seed
+        )
+        batches = windows.batches(2)
+        scores: dict[str, Scores] = {}
+        samples: dict[str, str] = {}
+        base = self._model(self.base_folder)
+        with autocast(self.device, self.dtype):
+            reference = make_reference(base, batches)
+            scores["base"] = evaluate(base, batches, reference, description="evaluate base")
+            samples["base"] = self._sample(base)
+            for name in self.checkpoints:
+                # The last one is scored as it is handed over, in its saved precision.
+                last = name == self.checkpoints[-1]
+                model = self._model(self.output / ("model" if last else name))
+                scores[name] = evaluate(model, batches, reference, description=f"evaluate {name}")
+            samples["hybrid"] = self._sample(model)
+        result = {
+            "tokens": windows.tokens,
+            "documents": len(self.documents[1]),
+            "scores": {name: score.as_dict() for name, score in scores.items()},
+            "samples": {name: text for name, text in samples.items() if text},
+        }
+        write_json(folder / "scores.json", result)
+        return result
+
+    def _sample(self, model: PreTrainedModel) -> str:
+        section = self.recipe.evaluation
+        if section.prompt is None:
+            return ""
+        return continue_prompt(model, self.tokenizer, section.prompt, max_new_tokens=section.new_tokens)
+
+    def _report(self, folder: Path) -> dict[str, Any]:
+        steps = {name: read_json(self.output / name / _STEP_FILE) for name in self.step_names[:-1]}
+        return write_report(folder, self.recipe, steps, self.output / "model", self.base_folder, self.dtype)
+
+    # Carrying them out.
+
+    def check(self) -> None:
+        """Everything that can be found wrong before long work: base, layout, geometry, text. Raises HyLoError."""
+        resolve_base(self.recipe.base)
+        if self.recipe.teacher is not None:
+            resolve_base(self.recipe.teacher)
+        with Base.open(self.base_folder) as base:
+            plan_conversion(base, self.recipe.layout, self.recipe.geometry)
+        if self.recipe.teacher is not None:
+            check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
+        _ = self.documents
+
+    def run(self, first: str | None = None, until: str | None = None) -> dict[str, Any]:
+        """Does the steps that are not done yet. Returns what each step kept, by name.
+
+        Args:
+            first: do this step and those after it again, whatever is there.
+            until: stop after this step.
+
+        Raises:
+            HyLoError: on bad input, or where a step was done with another recipe.
+        """
+        for name in (first, until):
+            if name is not None and name not in self.step_names:
+                raise HyLoError(f"no step {name!r}; expected one of {', '.join(self.step_names)}")
+        fingerprints = self._fingerprints()
+        redo = self.step_names[self.step_names.index(first) :] if first else []
+        self._check_fingerprints(fingerprints, redo)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HyLoError(f"cannot write to {self.output}: {error.strerror}") from None
+        self.check()
+        recipe_file = self.output / "recipe.yaml"
+        recipe_file.write_text(yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
+        for name in redo:
+            shutil.rmtree(self.output / name, ignore_errors=True)
+        results = {}
+        for step in self.steps:
+            results[step.name] = self._do(step, fingerprints[step.name])
+            if step.name == until:
+                break
+        return results
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Of each step: a hash over what it and the steps before it depend on."""
+        fingerprints, sofar = {}, ""
+        for step in self.steps:
+            sofar = hashlib.sha256((sofar + json.dumps([step.name, step.depends_on])).encode()).hexdigest()
+            fingerprints[step.name] = sofar
+        return fingerprints
+
+    def _check_fingerprints(self, fingerprints: dict[str, str], redo: list[str]) -> None:
+        for name, fingerprint in fingerprints.items():
+            file = self.output / name / _STEP_FILE
+            if name not in redo and file.is_file() and read_json(file)["fingerprint"] != fingerprint:
+                raise HyLoError(
+                    f"{self.output / name} was made by another recipe; pass --from {name} to make it again, "
+                    "or choose another output"
+                )
+
+    def _do(self, step: Step, fingerprint: str) -> dict[str, Any]:
+        target = self.output / step.name
+        file = target / _STEP_FILE
+        if file.is_file():
+            console.print(f"{step.name}: already done, in {target}", style="dim", highlight=False)
+            return read_json(file)["result"]
+        start = time.monotonic()
+        with atomic_directory(target, overwrite=True) as work:
+            result = step.action(work)
+            seconds = round(time.monotonic() - start, 1)
+            write_json(work / _STEP_FILE, {"fingerprint": fingerprint, "seconds": seconds, "result": result})
+        return result

