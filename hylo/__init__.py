@@ -10,8 +10,6 @@ from hylo.errors import HyLoError
 from hylo.modeling import HyLoForCausalLM, HyLoModel
 from hylo.version import __version__
 
-
-
 AutoConfig.register(HyLoConfig.model_type, HyLoConfig, exist_ok=True)
 AutoModel.register(HyLoConfig, HyLoModel, exist_ok=True)
 AutoModelForCausalLM.register(HyLoConfig, HyLoForCausalLM, exist_ok=True)

@@ -21,7 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Turns a pretrained Transformer into a long-context hybrid (MLA + linear layers) by distillation.",
 )
-out = Console()
+# A log has no width: tables are printed whole there.
+out = Console(width=None if sys.stdout.isatty() else 160)
 
 
 class PrecisionName(StrEnum):
@@ -41,7 +42,9 @@ class DtypeName(StrEnum):
 
 
 BASE_HELP = "A model folder, a hub id, a .gguf file, or package:NAME for a GGUF that an installed package carries."
-LAYOUT_HELP = "Which mixer each layer gets: 8MLA22GDN spreads evenly; 'MLA:1,5,10-12 GDN' lists layers, GDN takes the rest."
+LAYOUT_HELP = (
+    "Which mixer each layer gets: 8MLA22GDN spreads evenly; 'MLA:1,5,10-12 GDN' lists layers, GDN takes the rest."
+)
 
 
 @app.command()
@@ -118,11 +121,13 @@ def convert(
         list[str] | None,
         typer.Option(
             "--calibrate",
-            help="Text (file, folder, python:topics) on which each mixer's output projection is solved. May be repeated.",
+            help="Text (file, folder, python:topics) to solve output projections on. May be repeated.",
         ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of that text.")] = 50_000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, tensor by tensor; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, tensor by tensor; write nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
 ) -> None:
@@ -157,7 +162,9 @@ def convert(
                 return
             assert output is not None
             if calibration_text:
-                _convert_calibrated(plan, opened, output, calibration_text, calibration_tokens, overwrite, Path(scratch))
+                _convert_calibrated(
+                    plan, opened, output, calibration_text, calibration_tokens, overwrite, Path(scratch)
+                )
             else:
                 execute(plan, opened, output, overwrite=overwrite)
     config = plan.config
@@ -278,7 +285,9 @@ def main(run: Callable[[], None] = app) -> None:
         _quietly()
         run()
     except HyLoError as error:
-        Console(stderr=True).print(f"hylo: {' '.join(str(error).split())}", style="red", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"hylo: {' '.join(str(error).split())}", style="red", highlight=False, soft_wrap=True
+        )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("hylo: interrupted", style="red")

@@ -1,7 +1,6 @@
 """Writing files so that what exists is whole: to a temporary name first, then moved."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,15 +28,15 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise HyLoError(f"cannot write to {path.parent}: {error.strerror}") from None
     try:
-        os.chmod(work, 0o755)
+        work.chmod(0o755)
         yield work
         if path.exists():
             old = work.with_name(work.name.replace(".partial-", ".old-"))
-            os.replace(path, old)
-            os.replace(work, path)
+            path.replace(old)
+            work.replace(path)
             shutil.rmtree(old)
         else:
-            os.replace(work, path)
+            work.replace(path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -47,7 +46,7 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON to a temporary name and moves it to `path`."""
     work = path.with_name(f".{path.name}.partial")
     work.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(work, path)
+    work.replace(path)
 
 
 def read_json(path: Path) -> Any:

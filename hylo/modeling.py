@@ -1,7 +1,7 @@
 """HyLoForCausalLM: a Llama whose layers each name their token mixer. Single device, Hugging Face native."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,14 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        hidden_states = hidden_states + self.mixer(
+        mixed = self.mixer(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
         )
+        return self.after_mixing(hidden_states, mixed)
+
+    def after_mixing(self, hidden_states: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of the layer, given its input and what its mixer made of it, `[B, T, D]` each."""
+        hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -48,11 +53,11 @@ class HyLoPreTrainedModel(PreTrainedModel):
     config_class = HyLoConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HyLoDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["HyLoDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": HyLoDecoderLayer}
+    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": HyLoDecoderLayer}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -95,6 +100,10 @@ class HyLoModel(HyLoPreTrainedModel):
                 self.rotary_embeddings[name] = rotary
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def decoder_layers(self) -> list[HyLoDecoderLayer]:
+        return cast(list[HyLoDecoderLayer], list(self.layers))
 
     def mixing_context(
         self,
@@ -149,7 +158,7 @@ class HyLoModel(HyLoPreTrainedModel):
 
         context = self.mixing_context(inputs_embeds, attention_mask, position_ids, past_key_values)
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for layer in self.decoder_layers:
             hidden_states = layer(
                 hidden_states, **context.arguments(layer.mixer), past_key_values=past_key_values, **kwargs
             )
@@ -167,7 +176,7 @@ def _padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
 class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
     """The language model: loads, saves and generates as any transformers model."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HyLoConfig) -> None:
         super().__init__(config)

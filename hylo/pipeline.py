@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from hylo.distill.recipe import Recipe, StageSection
-from hylo.text import Document, hold_out, make_windows, read_documents, without_overlap
 from hylo.distill.trainer import train_stage
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import Scores, evaluate, make_reference
@@ -30,7 +28,16 @@ from hylo.files import atomic_directory, read_json, write_json
 from hylo.generate import continue_prompt
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.progress import console
-from hylo.upcycle.bases import Base, check_same_vocabulary, load_model, load_tokenizer, model_folder, resolve_base, save_checkpoint
+from hylo.text import Document, hold_out, make_windows, read_documents, without_overlap
+from hylo.upcycle.bases import (
+    Base,
+    check_same_vocabulary,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    resolve_base,
+    save_checkpoint,
+)
 from hylo.upcycle.calibrate import calibrate_checkpoint
 from hylo.upcycle.convert import DTYPES, plan_conversion, write_checkpoint
 
@@ -86,8 +93,8 @@ class UpcycleRun:
         held_out = hold_out(training, data.holdout) if data.eval is None else read_documents(data.eval)
         return without_overlap(training, held_out), held_out
 
-    def _model(self, folder: Path) -> PreTrainedModel:
-        return load_model(folder, torch.float32).to(self.device)
+    def _model(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        return load_model(folder, dtype).to(self.device)
 
     # The steps.
 
@@ -162,7 +169,8 @@ class UpcycleRun:
             self.documents[0], self.tokenizer, stage.length, limit_tokens=stage.tokens, seed=self.recipe.seed
         )
         student = self._model(self._previous(stage.name))
-        teacher = self._model(self.base_folder if stage.objective == "layerwise" else self.teacher_folder)
+        # Frozen, so it is kept in what it computes in.
+        teacher = self._model(self.base_folder if stage.objective == "layerwise" else self.teacher_folder, self.dtype)
         logs = train_stage(stage, student, teacher, windows, folder, dtype=self.dtype, seed=self.recipe.seed)
         save_checkpoint(student, folder, self.base_folder)
         return {"tokens": stage.steps * stage.tokens_per_step, "distinct_tokens": windows.tokens, "logs": logs}

@@ -14,7 +14,7 @@ def default_device() -> torch.device:
 
 
 def resolve_precision(precision: Precision) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it natively (GPUs since Ampere, CPUs with AVX512-BF16 or AMX)."""
+    """`auto` is bfloat16 where the hardware multiplies it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX)."""
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     if torch.cuda.is_available():

@@ -68,7 +68,9 @@ def read_documents(sources: Sequence[str]) -> list[Document]:
             continue
         path = Path(source).expanduser()
         if not path.exists():
-            raise HyLoError(f"text {source!r} does not exist; expected a file, a folder or {', '.join(BUILTIN_SOURCES)}")
+            raise HyLoError(
+                f"text {source!r} does not exist; expected a file, a folder or {', '.join(BUILTIN_SOURCES)}"
+            )
         files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES) if path.is_dir() else [path]
         if not files:
             raise HyLoError(f"{source} holds no text; expected files ending in {', '.join(sorted(_TEXT_SUFFIXES))}")

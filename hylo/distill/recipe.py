@@ -148,7 +148,9 @@ class Recipe(_Section):
         taken = {"base", "convert", "calibrate", "evaluate", "report"}
         for name in names:
             if names.count(name) > 1 or name in taken:
-                raise ValueError(f"stage name {name!r} is taken; expected names that differ, other than {sorted(taken)}")
+                raise ValueError(
+                    f"stage name {name!r} is taken; expected names that differ, other than {sorted(taken)}"
+                )
         return self
 
 
@@ -181,7 +183,7 @@ def _describe(error: Any) -> str:
     """One line for one pydantic error: where, what, and what was expected."""
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        *parents, key = error["loc"]
+        *parents, _ = error["loc"]
         section: type[BaseModel] = Recipe
         for part in parents:
             if isinstance(part, str):

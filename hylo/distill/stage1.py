@@ -29,7 +29,7 @@ def layerwise_loss(student: LayerTrace, teacher: LayerTrace, layers: list[int], 
 def freeze_all_but_mixers(student: HyLoForCausalLM) -> list[int]:
     """Lets only the parameters of replaced mixers train. Returns their layers."""
     student.requires_grad_(False)
-    replaced = [i for i, layer in enumerate(student.model.layers) if layer.mixer.name != "attention"]
+    replaced = [i for i, layer in enumerate(student.model.decoder_layers) if layer.mixer.name != "attention"]
     for i in replaced:
         student.model.layers[i].mixer.requires_grad_(True)
     return replaced
@@ -58,6 +58,6 @@ class LayerwiseTrainer(Trainer):
         student = self.accelerator.unwrap_model(model)
         with fed_with(student, teacher.inputs), recorded(student) as trace:
             model(**batch, use_cache=False, logits_to_keep=1)
-        layers = [i for i, layer in enumerate(student.model.layers) if layer.mixer.name != "attention"]
+        layers = [i for i, layer in enumerate(student.model.decoder_layers) if layer.mixer.name != "attention"]
         count = mask.sum() if num_items_in_batch is None else num_items_in_batch
         return layerwise_loss(trace, teacher, layers, mask, count)

@@ -20,14 +20,14 @@ from transformers import (
 from hylo.distill.recipe import StageSection
 from hylo.distill.stage1 import LayerwiseTrainer, freeze_all_but_mixers
 from hylo.distill.stage2 import DistillationTrainer
-from hylo.text import Windows
 from hylo.errors import HyLoError
 from hylo.modeling import HyLoForCausalLM
 from hylo.progress import Bar
+from hylo.text import Windows
 
 
 class StageProgress(TrainerCallback):
-    """A bar over tokens with the loss beside it, and each logged step as a line of JSON. Stops at a loss that is NaN."""
+    """A bar over tokens with the loss beside it; logged steps as lines of JSON. Stops where the loss is not finite."""
 
     def __init__(self, stage: StageSection, metrics: Path) -> None:
         self.stage, self.metrics = stage, metrics

@@ -93,14 +93,18 @@ def _base_parameters(folder: Path) -> int:
 
 def report_table(report: Mapping[str, Any]) -> Table:
     """What a reader wants first: sizes, and the scores of each step."""
-    table = Table(title=f"{report['base']} as {report['layout']}")
+    tokens = report["evaluation"]["tokens"]
+    table = Table(
+        title=f"{report['base']} as {report['layout']}, on {tokens:,} held-out tokens",
+        caption="KL(teacher‖student) a token, and how often both put the same token first; the teacher is the base",
+    )
     for column, justify in (
         ("", "left"),
         ("parameters", "right"),
-        ("cache bytes/token", "right"),
+        ("cache, bytes/token", "right"),
         ("perplexity", "right"),
-        ("KL(teacher‖student)", "right"),
-        ("top-1 agreement", "right"),
+        ("KL, nats", "right"),
+        ("top-1", "right"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     labels = row_labels(report)
@@ -147,14 +151,20 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
     layers.set_xticks([i + 0.46 for i in range(len(mixers))], [str(i) for i in range(len(mixers))], fontsize=7)
     layers.legend(loc="lower right", bbox_to_anchor=(1, 1.02), ncols=4, frameon=False, fontsize=8)
     ratio = report["cache_ratio"]
-    layers.set_title(f"{report['base']} as {report['layout']}: cache {ratio:.1%} of the base's", loc="left", fontsize=11)
+    layers.set_title(
+        f"{report['base']} as {report['layout']}: cache {ratio:.1%} of the base's", loc="left", fontsize=11
+    )
     layers.spines[:].set_visible(False)
 
     scores, labels = report["scores"], row_labels(report)
     names = list(scores)
     middle = grid[1].subgridspec(1, 3)
     for column, (key, title, scale) in enumerate(
-        (("kl", "KL(teacher‖student), nats a token", 1), ("perplexity", "perplexity", 1), ("agreement", "top-1 agreement, %", 100))
+        (
+            ("kl", "KL(teacher‖student), nats a token", 1),
+            ("perplexity", "perplexity", 1),
+            ("agreement", "top-1 agreement, %", 100),
+        )
     ):
         axes = figure.add_subplot(middle[column])
         values = [scores[name][key] * scale for name in names]

@@ -20,7 +20,7 @@ class Attention(LlamaAttention, TokenMixer):
     block = "ATT"
     layer_type = "full_attention"
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None,
@@ -28,7 +28,8 @@ class Attention(LlamaAttention, TokenMixer):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
-        output, _ = super().forward(
+        output, _ = LlamaAttention.forward(
+            self,
             hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
@@ -39,7 +40,9 @@ class Attention(LlamaAttention, TokenMixer):
 
     @property
     def output_projection(self) -> nn.Linear:
-        return self.o_proj
+        projection = self.o_proj
+        assert isinstance(projection, nn.Linear)
+        return projection
 
     @classmethod
     def rotary_embedding(cls, config: "HyLoConfig") -> RotaryEmbedding:

@@ -115,8 +115,8 @@ class MultiHeadLatentAttention(TokenMixer):
         query = query.view(batch, length, self.num_heads, -1).transpose(1, 2)
         q_nope, q_rope = query.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
         # One head: [B, 1, T, r] and [B, 1, T, rope].
-        latent, k_rope = (
-            self.kv_a_proj_with_mqa(hidden_states)[:, None].split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states)[:, None].split(
+            [sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1
         )
         q_rope, k_rope = apply_rotary_pos_emb(q_rope, k_rope, *position_embeddings)
         if past_key_values is not None:

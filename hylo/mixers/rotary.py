@@ -24,6 +24,9 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
         pairs: which of the base's pairs, as many as dim / 2; the standard frequencies for `dim` by default.
     """
 
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
     def __init__(self, config: "HyLoConfig", dim: int | None = None, pairs: Sequence[int] | None = None) -> None:
         if dim is not None and pairs is None and dim != config.head_dim:
             config = copy.deepcopy(config)

@@ -5,6 +5,8 @@ to `chunk_size` tokens at a time, and the gradient of a chunk is taken while its
 d KL / d logits_student = softmax(logits_student) - softmax(logits_teacher).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,16 @@ def linear_kl_reference(
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, mask, count, chunk_size):
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor,
+        mask: Tensor,
+        count: Tensor | float,
+        chunk_size: int,
+    ) -> Tensor:
         wide = torch.promote_types(student_hidden.dtype, torch.float32)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.zeros_like(student_hidden) if needs_hidden else None
@@ -29,24 +40,23 @@ class _LinearKL(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=student_hidden.device)
         for start in range(0, student_hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
-            real = mask[rows]
-            hidden = student_hidden[rows]
-            student = (hidden @ student_head.T).to(wide).log_softmax(-1)
-            teacher = (teacher_hidden[rows] @ teacher_head.T).to(wide).log_softmax(-1)
+            hidden, weight = student_hidden[rows], mask[rows] / count
+            student = (hidden @ student_head.T).log_softmax(-1, dtype=wide)
+            teacher = (teacher_hidden[rows] @ teacher_head.T).log_softmax(-1, dtype=wide)
+            # In place from here: the chunk's logits are the largest thing in memory, and reading them the slowest.
             probabilities = teacher.exp()
-            total += (probabilities * (teacher - student)).sum(-1).mul(real).sum()
+            total += torch.linalg.vecdot(probabilities, teacher.sub_(student)) @ weight
             if needs_hidden or needs_head:
-                # In place: the chunk's logits are the largest thing in memory.
-                grad = student.exp_().sub_(probabilities).mul_((real / count)[:, None]).to(hidden.dtype)
-                if needs_hidden:
-                    hidden_grad[rows] = grad @ student_head
-                if needs_head:
-                    head_grad += grad.T @ hidden
+                grad = student.exp_().sub_(probabilities).to(hidden.dtype)
+                if hidden_grad is not None:
+                    hidden_grad[rows] = (grad @ student_head) * weight[:, None]
+                if head_grad is not None:
+                    head_grad += grad.T @ (hidden * weight[:, None].to(hidden.dtype))
         ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(student_head.dtype))
-        return total / count
+        return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
         hidden_grad = None if hidden_grad is None else hidden_grad * grad
         head_grad = None if head_grad is None else head_grad * grad
@@ -61,7 +71,7 @@ def linear_kl(
     mask: Tensor,
     *,
     count: Tensor | float | None = None,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """KL(teacher || student) in nats, summed over real tokens and divided by `count`.
 
@@ -73,7 +83,7 @@ def linear_kl(
         mask: `[N]`, true (or 1) where the token counts.
         count: what to divide by; the number of real tokens by default. Pass the number over a whole accumulated batch
             to make the loss independent of how the batch is cut.
-        chunk_size: tokens whose logits exist at a time.
+        chunk_size: tokens whose logits exist at a time; by default, what suits the caches of a CPU or fills a GPU.
 
     Raises:
         ValueError: where the two heads differ in vocabulary.
@@ -82,7 +92,15 @@ def linear_kl(
         raise ValueError(
             f"student and teacher heads differ in vocabulary: {student_head.shape[0]} and {teacher_head.shape[0]}"
         )
+    device = student_hidden.device.type
+    if torch.is_autocast_enabled(device):
+        # Once here, not chunk by chunk.
+        dtype = torch.get_autocast_dtype(device)
+        student_hidden, student_head = student_hidden.to(dtype), student_head.to(dtype)
+        teacher_hidden, teacher_head = teacher_hidden.to(dtype), teacher_head.to(dtype)
     mask = mask.to(torch.promote_types(student_hidden.dtype, torch.float32))
+    if chunk_size is None:
+        chunk_size = 128 if device == "cpu" else 1024
     if count is None:
         count = mask.sum().clamp(min=1)
     return _LinearKL.apply(student_hidden, student_head, teacher_hidden, teacher_head, mask, count, chunk_size)

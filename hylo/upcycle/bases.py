@@ -81,7 +81,9 @@ def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise HyLoError(f"{path} holds no config.json; expected a Hugging Face model folder")
     if not any(path.glob("*.safetensors")):
-        raise HyLoError(f"{path} holds no *.safetensors; expected weights in safetensors (pickled weights are not read)")
+        raise HyLoError(
+            f"{path} holds no *.safetensors; expected weights in safetensors (pickled weights are not read)"
+        )
 
 
 def model_folder(reference: str | Path, materialise_to: Path) -> Path:

@@ -95,7 +95,7 @@ def calibrate(
         ridge: lambda, relative to the mean square of a feature.
         sequential: features from the student's own hidden states rather than the teacher's.
     """
-    layers = list(student.model.layers)
+    layers = student.model.decoder_layers
     entered = [enter_layers(teacher, batch) for batch in batches]
     teacher_hidden = [hidden for hidden, _ in entered]
     arguments = [shared for _, shared in entered]
@@ -107,29 +107,45 @@ def calibrate(
     real = [batch["attention_mask"].bool() for batch in batches]
     with bar("calibrate", len(layers), "layers") as shown:
         for layer, teacher_layer in zip(layers, decoder_layers(teacher), strict=True):
+            solved = layer.mixer.name != "attention"
+            projection = layer.mixer.output_projection
             regression = RidgeRegression()
-            for i, (context, mask) in enumerate(zip(contexts, real, strict=True)):
+            features = []
+            for i, context in enumerate(contexts):
                 mixed, output = step_layer(teacher_layer, teacher_hidden[i], arguments[i])
-                if layer.mixer.name != "attention":
+                if solved or sequential:
                     source = student_hidden[i] if sequential else teacher_hidden[i]
-                    regression.add(_features(layer, source, context)[mask], mixed[mask])
+                    features.append(_features(layer, source, context))
+                if solved:
+                    regression.add(features[i][real[i]], mixed[real[i]])
                 teacher_hidden[i] = output
-            if layer.mixer.name != "attention":
-                layer.mixer.output_projection.weight.copy_(regression.solve(ridge))
+            if solved:
+                projection.weight.copy_(regression.solve(ridge))
             if sequential:
                 student_hidden = [
-                    layer(hidden, **context.arguments(layer.mixer))
-                    for hidden, context in zip(student_hidden, contexts, strict=True)
+                    layer.after_mixing(hidden, projection(x))
+                    for hidden, x in zip(student_hidden, features, strict=True)
                 ]
             shown.advance(1)
+
+
+class _ReachedError(Exception):
+    """Ends a mixer before its output projection."""
 
 
 def _features(layer: HyLoDecoderLayer, hidden: Tensor, context: MixingContext) -> Tensor:
     """What the mixer hands to its output projection, `[B, T, F]`."""
     features: list[Tensor] = []
-    handle = layer.mixer.output_projection.register_forward_pre_hook(lambda _, args: features.append(args[0]))
+
+    def stop(_: torch.nn.Module, args: tuple[Tensor]) -> None:
+        features.append(args[0])
+        raise _ReachedError
+
+    handle = layer.mixer.output_projection.register_forward_pre_hook(stop)
     try:
         layer.mixer(layer.input_layernorm(hidden), **context.arguments(layer.mixer), past_key_values=None)
+    except _ReachedError:
+        pass
     finally:
         handle.remove()
     return features[0]

@@ -169,7 +169,9 @@ def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:
             weight_map.update(dict.fromkeys(made, file))
     if len(shards) > 1:
         size = plan.parameters * plan.dtype.itemsize
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
+        )
     plan.config.save_pretrained(folder)
     copy_companions(base.folder, folder)
     if not (folder / "generation_config.json").exists():
@@ -209,13 +211,17 @@ def _make(tensor: PlannedTensor, plan: ConversionPlan, base: Base, layers: dict[
 
 def plan_table(plan: ConversionPlan) -> Table:
     """The plan, tensor by tensor."""
-    table = Table(title=f"{format_layout(plan.config.token_mixers or [])}: {plan.parameters:,} parameters")
-    for column in ("tensor", "shape", "action", "from", "how"):
-        table.add_column(column, overflow="fold")
+    title = f"{format_layout(plan.config.token_mixers or [])}: {plan.parameters:,} parameters"
+    table = Table(title=title, box=None, title_justify="left", pad_edge=False)
+    for column in ("tensor", "shape", "action", "from"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("how", overflow="fold")
+    styles = {"copied": "", "decomposed": "cyan", "solved": "green", "fresh": "yellow"}
     for tensor in plan.tensors:
         shape = "x".join(map(str, tensor.shape))
-        sources = ", ".join(source.removesuffix(".weight") for source in tensor.sources)
-        table.add_row(tensor.name, shape, tensor.action, sources, tensor.note)
+        # The layer stands in the tensor's own name.
+        sources = ", ".join(source.removesuffix(".weight").split(".")[-1] for source in tensor.sources)
+        table.add_row(tensor.name, shape, tensor.action, sources, tensor.note, style=styles[tensor.action])
     return table
 
 

@@ -12,8 +12,9 @@ def default_geometry(
 ) -> dict[str, Any]:
     """Sizes of one mixer for a base, as config.json stores them.
 
-    MLA keeps query and value heads as they are and rotates half of each head; its latent holds an eighth of the base's
-    keys and values. GDN is head-aligned: one head for each attention head, of the same size.
+    MLA keeps query and value heads as they are and rotates half of each head, the fastest pairs: the slow ones hardly
+    turn within a context. Its latent holds an eighth of the base's keys and values. GDN is head-aligned: one head for
+    each attention head, of the same size.
     """
     given = dict(given or {})
     if mixer == "mla":
@@ -25,6 +26,7 @@ def default_geometry(
             "qk_nope_head_dim": head_dim - rope if isinstance(rope, int) else 0,
             "qk_rope_head_dim": rope,
             "v_head_dim": head_dim,
+            "rope_pairs": list(range(rope // 2)) if isinstance(rope, int) else None,
         }
     elif mixer == "gdn":
         derived = {"num_heads": num_heads, "head_k_dim": head_dim, "head_v_dim": head_dim}

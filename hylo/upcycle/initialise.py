@@ -225,7 +225,9 @@ def _gdn_rules(config: HyLoConfig) -> Mapping[str, Rule]:
         "q_proj.weight": _copy("q_proj"),
         "k_proj.weight": Rule("copied", ("k_proj",), "KV heads repeated", lambda s, _: s.repeat_kv(s.key)),
         "v_proj.weight": Rule("copied", ("v_proj",), "KV heads repeated", lambda s, _: s.repeat_kv(s.value)),
-        "g_proj.weight": Rule("copied", ("v_proj",), "the gate opens with the value", lambda s, _: s.repeat_kv(s.value)),
+        "g_proj.weight": Rule(
+            "copied", ("v_proj",), "the gate opens with the value", lambda s, _: s.repeat_kv(s.value)
+        ),
         "a_proj.weight": _fresh("zero: one decay for all tokens", torch.zeros),
         "b_proj.weight": _fresh("zero: half of each write", torch.zeros),
         **{f"{x}_conv1d.weight": _fresh("identity: the newest tap is 1", _identity_taps) for x in "qkv"},

@@ -17,7 +17,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def mixer_of(layer: nn.Module) -> nn.Module:
     """A layer's token mixer: `mixer` in a hybrid, `self_attn` elsewhere."""
-    return layer.mixer if hasattr(layer, "mixer") else layer.self_attn
+    return layer.get_submodule("mixer" if hasattr(layer, "mixer") else "self_attn")
 
 
 def _first(output: Any) -> Tensor:
@@ -71,7 +71,7 @@ def trace_layers(model: PreTrainedModel, batch: dict[str, Tensor]) -> LayerTrace
     return trace
 
 
-class _Entered(Exception):
+class _EnteredError(Exception):
     """Ends a forward pass at its first layer."""
 
 
@@ -88,12 +88,12 @@ def enter_layers(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tens
         call.update(kwargs)
         if args:
             call["hidden_states"] = args[0]
-        raise _Entered
+        raise _EnteredError
 
     handle = decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model.get_decoder()(**batch, use_cache=False)
-    except _Entered:
+    except _EnteredError:
         pass
     finally:
         handle.remove()
