@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -39,6 +39,23 @@ class DtypeName(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from hylo.version import __version__
+
+        out.print(f"hylo {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
 
 
 BASE_HELP = "A model folder, a hub id, a .gguf file, or package:NAME for a GGUF that an installed package carries."
@@ -90,11 +107,10 @@ def _upcycle(recipe: Any, output: Path, first: str | None, until: str | None) ->
     results = UpcycleRun(recipe, output).run(first, until)
     report = results.get("report")
     if report is None:
-        out.print(f"done until {list(results)[-1]}, in {output}", highlight=False)
+        out.print(f"done until {list(results)[-1]}, in {output}", highlight=False, markup=False)
         return
     if report["samples"]:
-        out.print(f"\n[bold]prompt[/bold]: {report['prompt']}", highlight=False)
-        for name, text in report["samples"].items():
+        for name, text in {"prompt": report["prompt"], **report["samples"]}.items():
             out.print(f"[bold]{name}[/bold]: ", end="")
             out.print(" ".join(text.split()), highlight=False, markup=False)
         out.print()
@@ -103,6 +119,7 @@ def _upcycle(recipe: Any, output: Path, first: str | None, until: str | None) ->
         f"checkpoint {output / 'model'}\nreport     {output / 'report' / 'report.json'}\n"
         f"plot       {output / 'report' / 'report.png'}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -158,7 +175,9 @@ def convert(
                 source_name=base,
             )
             if dry_run:
-                out.print(plan_json(plan) if as_json else plan_table(plan), soft_wrap=as_json, highlight=False)
+                out.print(
+                    plan_json(plan) if as_json else plan_table(plan), soft_wrap=as_json, highlight=False, markup=False
+                )
                 return
             assert output is not None
             if calibration_text:
@@ -169,13 +188,19 @@ def convert(
                 execute(plan, opened, output, overwrite=overwrite)
     config = plan.config
     ratio = config.cache_elements_per_token / config.base_cache_elements_per_token
-    out.print(f"{output}: {plan.parameters:,} parameters, cache {ratio:.1%} of the base's", highlight=False)
+    out.print(
+        f"{output}: {plan.parameters:,} parameters, cache {ratio:.1%} of the base's", highlight=False, markup=False
+    )
 
 
 def _convert_calibrated(
     plan: Any, base: Any, output: Path, text: list[str], tokens: int, overwrite: bool, scratch: Path
 ) -> None:
     """Converts into `scratch`, calibrates, and writes the calibrated checkpoint alone."""
+    import dataclasses
+
+    import torch
+
     from hylo.files import atomic_directory
     from hylo.precision import resolve_precision
     from hylo.text import make_windows, read_documents
@@ -188,7 +213,7 @@ def _convert_calibrated(
     converted = scratch / "converted"
     converted.mkdir()
     with atomic_directory(output, overwrite=overwrite) as work:
-        write_checkpoint(plan, base, converted)
+        write_checkpoint(dataclasses.replace(plan, dtype=torch.float32), base, converted)
         calibrate_checkpoint(
             converted, base.folder, windows, work, dtype=resolve_precision("auto"), save_dtype=plan.dtype
         )
@@ -279,16 +304,23 @@ def _quietly() -> None:
     warnings.filterwarnings("ignore")
 
 
+def _fail(error: Exception) -> NoReturn:
+    """One line on standard error, exit code 1."""
+    line = f"hylo: {' '.join(str(error).split())}"
+    Console(stderr=True).print(line, style="red", highlight=False, soft_wrap=True, markup=False)
+    raise SystemExit(1) from None
+
+
 def main(run: Callable[[], None] = app) -> None:
     """The `hylo` command: bad input is one line on standard error and exit code 1."""
     try:
         _quietly()
         run()
     except HyLoError as error:
-        Console(stderr=True).print(
-            f"hylo: {' '.join(str(error).split())}", style="red", highlight=False, soft_wrap=True
-        )
-        raise SystemExit(1) from None
+        _fail(error)
+    except OSError as error:
+        # A full disk, a folder without permission.
+        _fail(error)
     except KeyboardInterrupt:
         Console(stderr=True).print("hylo: interrupted", style="red")
         raise SystemExit(130) from None

@@ -34,8 +34,9 @@ class HyLoConfig(LlamaConfig):
         if self.mixer_geometry is None:
             self.mixer_geometry = {}
         super().__post_init__(**kwargs)
+        self.check()
 
-    def validate_architecture(self) -> None:
+    def check(self) -> None:
         """Raises HyLoError where mixers, layers and geometries do not fit together."""
         assert self.token_mixers is not None
         if len(self.token_mixers) != self.num_hidden_layers:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hylo.cache import LinearCache, make_cache
 from hylo.config import HyLoConfig
 from hylo.mixers import TokenMixer, mixer_class
 from hylo.mixers.rotary import RotaryEmbedding
@@ -119,16 +120,20 @@ class HyLoModel(HyLoPreTrainedModel):
             attention_mask: `[B, S]` over cached and new tokens, zero where padding; or None.
             position_ids: `[B or 1, T]`; the positions after the cached tokens by default.
         """
+        # A cache of linear layers alone has no length, and such a model needs neither positions nor a causal mask.
+        attends = "full_attention" in self.config.layer_types
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = past_key_values.get_seq_length() if past_key_values is not None and attends else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        causal = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal = None
+        if attends:
+            causal = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         return MixingContext(
             masks={
                 "full_attention": causal,
@@ -154,7 +159,7 @@ class HyLoModel(HyLoPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = make_cache(self.config)
 
         context = self.mixing_context(inputs_embeds, attention_mask, position_ids, past_key_values)
         hidden_states = inputs_embeds
@@ -162,6 +167,8 @@ class HyLoModel(HyLoPreTrainedModel):
             hidden_states = layer(
                 hidden_states, **context.arguments(layer.mixer), past_key_values=past_key_values, **kwargs
             )
+        if isinstance(past_key_values, LinearCache):
+            past_key_values.seen += inputs_embeds.shape[1]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -184,6 +191,14 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, which makes the right cache wherever a layer attends."""
+        if "full_attention" not in self.config.layer_types and kwargs.get(
+            "use_cache", self.generation_config.use_cache
+        ):
+            kwargs.setdefault("past_key_values", make_cache(self.config))
+        return super().generate(*args, **kwargs)
 
     @can_return_tuple
     def forward(

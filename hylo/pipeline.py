@@ -6,6 +6,7 @@ does not fit is refused, unless it is asked for by name.
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -28,7 +29,7 @@ from hylo.files import atomic_directory, read_json, write_json
 from hylo.generate import continue_prompt
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.progress import console
-from hylo.text import Document, hold_out, make_windows, read_documents, without_overlap
+from hylo.text import Document, hold_out, make_windows, read_documents, text_digest, without_overlap
 from hylo.upcycle.bases import (
     Base,
     check_same_vocabulary,
@@ -93,6 +94,10 @@ class UpcycleRun:
         held_out = hold_out(training, data.holdout) if data.eval is None else read_documents(data.eval)
         return without_overlap(training, held_out), held_out
 
+    @cached_property
+    def _text_digest(self) -> str:
+        return text_digest(itertools.chain(*self.documents))
+
     def _model(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         return load_model(folder, dtype).to(self.device)
 
@@ -102,7 +107,7 @@ class UpcycleRun:
     def steps(self) -> list[Step]:
         recipe = self.recipe
         training = [self._stage_step(stage) for stage in recipe.stages]
-        data = recipe.data.model_dump()
+        data = [recipe.data.model_dump(), self._text_digest]
         steps = [Step("convert", [recipe.base, recipe.layout, recipe.geometry], self._convert)]
         if recipe.calibration is not None:
             depends = [recipe.calibration.model_dump(), data, recipe.seed, str(self.dtype)]
@@ -160,7 +165,7 @@ class UpcycleRun:
 
     def _stage_step(self, stage: StageSection) -> Step:
         recipe = self.recipe
-        depends = [stage.model_dump(), recipe.teacher, recipe.data.model_dump(), recipe.seed, str(self.dtype)]
+        depends = [stage.model_dump(), recipe.teacher, self._text_digest, recipe.seed, str(self.dtype)]
         return Step(stage.name, depends, lambda folder: self._stage(stage, folder))
 
     def _stage(self, stage: StageSection, folder: Path) -> dict[str, Any]:
@@ -189,8 +194,9 @@ class UpcycleRun:
         scores: dict[str, Scores] = {}
         samples: dict[str, str] = {}
         base = self._model(self.base_folder)
+        teacher = base if self.recipe.teacher is None else self._model(self.teacher_folder)
         with autocast(self.device, self.dtype):
-            reference = make_reference(base, batches)
+            reference = make_reference(teacher, batches)
             scores["base"] = evaluate(base, batches, reference, description="evaluate base")
             samples["base"] = self._sample(base)
             for name in self.checkpoints:
@@ -222,6 +228,7 @@ class UpcycleRun:
 
     def check(self) -> None:
         """Everything that can be found wrong before long work: base, layout, geometry, text. Raises HyLoError."""
+        _ = self.documents
         resolve_base(self.recipe.base)
         if self.recipe.teacher is not None:
             resolve_base(self.recipe.teacher)
@@ -229,7 +236,6 @@ class UpcycleRun:
             plan_conversion(base, self.recipe.layout, self.recipe.geometry)
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
-        _ = self.documents
 
     def run(self, first: str | None = None, until: str | None = None) -> dict[str, Any]:
         """Does the steps that are not done yet. Returns what each step kept, by name.
@@ -241,17 +247,20 @@ class UpcycleRun:
         Raises:
             HyLoError: on bad input, or where a step was done with another recipe.
         """
+        names = self.step_names
         for name in (first, until):
             if name is not None and name not in self.step_names:
                 raise HyLoError(f"no step {name!r}; expected one of {', '.join(self.step_names)}")
+        if first and until and names.index(until) < names.index(first):
+            raise HyLoError(f"--until {until} comes before --from {first}; expected a step after it")
         fingerprints = self._fingerprints()
         redo = self.step_names[self.step_names.index(first) :] if first else []
         self._check_fingerprints(fingerprints, redo)
+        self.check()
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HyLoError(f"cannot write to {self.output}: {error.strerror}") from None
-        self.check()
         recipe_file = self.output / "recipe.yaml"
         recipe_file.write_text(yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
         for name in redo:
@@ -276,15 +285,15 @@ class UpcycleRun:
             file = self.output / name / _STEP_FILE
             if name not in redo and file.is_file() and read_json(file)["fingerprint"] != fingerprint:
                 raise HyLoError(
-                    f"{self.output / name} was made by another recipe; pass --from {name} to make it again, "
-                    "or choose another output"
+                    f"{self.output / name} was made by another recipe or from other text; "
+                    f"pass --from {name} to make it again, or choose another output"
                 )
 
     def _do(self, step: Step, fingerprint: str) -> dict[str, Any]:
         target = self.output / step.name
         file = target / _STEP_FILE
         if file.is_file():
-            console.print(f"{step.name}: already done, in {target}", style="dim", highlight=False)
+            console.print(f"{step.name}: already done, in {target}", style="dim", highlight=False, markup=False)
             return read_json(file)["result"]
         start = time.monotonic()
         with atomic_directory(target, overwrite=True) as work:

@@ -62,6 +62,7 @@ class Bar:
             f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate:,.0f}/s, "
             f"{elapsed:.0f} s gone, {left:.0f} s left {status}".rstrip(),
             highlight=False,
+            markup=False,
         )
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Document:
 
 
 def _python_topics() -> Iterator[Document]:
-    """Python's language reference, as `help()` shows it: about 700 KB of technical English."""
+    """Python's language reference, as `help()` shows it: half a megabyte of technical English."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -76,7 +76,9 @@ def read_documents(sources: Sequence[str]) -> list[Document]:
             raise HyLoError(f"{source} holds no text; expected files ending in {', '.join(sorted(_TEXT_SUFFIXES))}")
         for file in files:
             try:
-                documents.append(Document(str(file), file.read_text(encoding="utf-8")))
+                # Named from the source down, so that the split stays when a folder moves.
+                name = str(Path(path.name) / file.relative_to(path)) if path.is_dir() else file.name
+                documents.append(Document(name, file.read_text(encoding="utf-8")))
             except (OSError, UnicodeDecodeError) as error:
                 raise HyLoError(f"{file} is not readable text: {error}") from None
     documents = [document for document in documents if document.text.strip()]
@@ -129,13 +131,23 @@ def _without(text: str, seen: set[int]) -> str:
     for start, shingle in enumerate(_shingles(text)):
         if shingle in seen:
             bad.update(owner[start : start + _SHINGLE_WORDS])
-    return "".join(paragraph for i, paragraph in enumerate(paragraphs) if i not in bad)
+    kept = "".join(paragraph for i, paragraph in enumerate(paragraphs) if i not in bad)
+    # What stood on both sides of a removed paragraph may make a run that was none before.
+    return _without(kept, seen) if bad else kept
 
 
 def shared_shingles(first: Sequence[Document], second: Sequence[Document]) -> int:
     """How many runs of 13 words two sets of documents share."""
     shingles = [{s for document in documents for s in _shingles(document.text)} for documents in (first, second)]
     return len(shingles[0] & shingles[1])
+
+
+def text_digest(documents: Iterable[Document]) -> str:
+    """A hash of names and texts, to tell whether they changed."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.name}\0{document.text}\0".encode(errors="replace"))
+    return digest.hexdigest()
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):

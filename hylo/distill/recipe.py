@@ -12,7 +12,9 @@ from hylo.precision import Precision
 
 Positive = Annotated[int, Field(gt=0)]
 # Not strict: YAML reads 1e-3 as text.
-Number = Annotated[float, Field(strict=False)]
+Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+# Of tokens a window: one predicts nothing.
+Length = Annotated[int, Field(gt=1)]
 
 
 class _Section(BaseModel):
@@ -45,7 +47,7 @@ class CalibrationSection(_Section):
     """
 
     tokens: Positive = 200_000
-    length: Positive = 2048
+    length: Length = 2048
     batch_size: Positive = 4
     ridge: Number = Field(default=1e-3, gt=0)
     sequential: bool = True
@@ -71,7 +73,7 @@ class StageSection(_Section):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
     objective: Literal["layerwise", "kl"]
-    length: Positive
+    length: Length
     tokens: Positive
     learning_rate: Number = Field(gt=0)
     batch_size: Positive = 1
@@ -111,7 +113,7 @@ class EvaluationSection(_Section):
     """
 
     tokens: Positive = 100_000
-    length: Positive = 2048
+    length: Length = 2048
     prompt: str | None = None
     new_tokens: Positive = 48
 
@@ -145,7 +147,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _names_differ(self) -> "Recipe":
         names = [stage.name for stage in self.stages]
-        taken = {"base", "convert", "calibrate", "evaluate", "report"}
+        taken = {"base", "teacher", "convert", "calibrate", "model", "evaluate", "report"}
         for name in names:
             if names.count(name) > 1 or name in taken:
                 raise ValueError(

@@ -94,9 +94,10 @@ def _base_parameters(folder: Path) -> int:
 def report_table(report: Mapping[str, Any]) -> Table:
     """What a reader wants first: sizes, and the scores of each step."""
     tokens = report["evaluation"]["tokens"]
+    teacher = report["recipe"]["teacher"] or "the base"
     table = Table(
         title=f"{report['base']} as {report['layout']}, on {tokens:,} held-out tokens",
-        caption="KL(teacher‖student) a token, and how often both put the same token first; the teacher is the base",
+        caption=f"KL(teacher‖student) a token, and how often both put the same token first; the teacher is {teacher}",
     )
     for column, justify in (
         ("", "left"),

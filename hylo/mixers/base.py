@@ -1,7 +1,7 @@
 """What a token mixer is: the one interface between a layer and whatever mixes its tokens."""
 
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
@@ -14,13 +14,19 @@ if TYPE_CHECKING:
     from hylo.config import HyLoConfig
 
 
+def is_whole(value: object, least: int) -> bool:
+    """Whether it is an integer (True is none) of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Base of the sizes that a mixer adds to the base model's own: a frozen dataclass, stored in config.json."""
 
     @classmethod
     def parse(cls, mixer: str, values: dict[str, Any]) -> Self:
         """From a JSON object. Raises HyLoError naming an unknown, missing or mistyped size."""
-        known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+        known = {field.name: field for field in fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise HyLoError(f"geometry of {mixer}: unknown {unknown[0]!r}; expected {', '.join(known) or 'nothing'}")

@@ -11,7 +11,7 @@ from transformers import Cache
 from transformers import initialization as init
 
 from hylo.errors import HyLoError
-from hylo.mixers.base import Geometry, TokenMixer
+from hylo.mixers.base import Geometry, TokenMixer, is_whole
 from hylo.ops.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from hylo.ops.short_convolution import causal_convolution
 
@@ -39,7 +39,7 @@ class GDNGeometry(Geometry):
         for size in ("num_heads", "head_k_dim", "head_v_dim", "conv_size"):
             value = getattr(self, size)
             least = 2 if size == "conv_size" else 1
-            if not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise HyLoError(f"geometry of gdn: {size} is {value!r}; expected a whole number of at least {least}")
 
     @property

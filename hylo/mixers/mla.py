@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from hylo.errors import HyLoError
-from hylo.mixers.base import Geometry, TokenMixer
+from hylo.mixers.base import Geometry, TokenMixer, is_whole
 from hylo.mixers.rotary import RotaryEmbedding
 
 if TYPE_CHECKING:
@@ -42,12 +42,20 @@ class MLAGeometry(Geometry):
     def __post_init__(self) -> None:
         for size, least in (("kv_lora_rank", 1), ("qk_nope_head_dim", 0), ("qk_rope_head_dim", 2), ("v_head_dim", 1)):
             value = getattr(self, size)
-            if not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise HyLoError(f"geometry of mla: {size} is {value!r}; expected a whole number of at least {least}")
+        if self.q_lora_rank is not None and not is_whole(self.q_lora_rank, 1):
+            raise HyLoError(f"geometry of mla: q_lora_rank is {self.q_lora_rank!r}; expected a whole number or null")
         if self.qk_rope_head_dim % 2:
             raise HyLoError(f"geometry of mla: qk_rope_head_dim is {self.qk_rope_head_dim}; expected an even number")
         if self.rope_pairs is not None:
             object.__setattr__(self, "rope_pairs", tuple(self.rope_pairs))
+            if not all(is_whole(pair, 0) for pair in self.rope_pairs) or len(set(self.rope_pairs)) < len(
+                self.rope_pairs
+            ):
+                raise HyLoError(
+                    f"geometry of mla: rope_pairs {list(self.rope_pairs)}; expected whole numbers that differ"
+                )
             if len(self.rope_pairs) != self.qk_rope_head_dim // 2:
                 raise HyLoError(
                     f"geometry of mla: {len(self.rope_pairs)} rope_pairs for qk_rope_head_dim "

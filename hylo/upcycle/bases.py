@@ -5,7 +5,6 @@ package carries. Weights are read from safetensors (or dequantised from GGUF) on
 """
 
 import importlib.metadata
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -152,10 +152,11 @@ class Base:
     def open(cls, folder: Path) -> "Base":
         """Reads the config and the names of the tensors. Raises HyLoError on a family or a file that does not fit."""
         _check_folder(folder)
-        read_json(folder / "config.json")
+        if not isinstance(read_json(folder / "config.json"), dict):
+            raise HyLoError(f"{folder}/config.json: expected a JSON object")
         try:
             config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
             raise HyLoError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
         _check_family(config, folder)
         base = cls(folder, config, {})
@@ -237,7 +238,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise HyLoError(f"{folder} is not a loadable model: {str(error).strip().splitlines()[0]}") from None
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(kind):

@@ -24,7 +24,7 @@ from hylo.modeling import HyLoForCausalLM
 from hylo.progress import bar
 from hylo.upcycle.bases import Base, copy_companions
 from hylo.upcycle.geometry import geometry_for
-from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention
+from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention, parameter
 from hylo.upcycle.layout import format_layout, parse_layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -135,7 +135,7 @@ def _planned(name: str, shape: torch.Size, config: HyLoConfig, solve_output: boo
         return PlannedTensor(name, shape, "copied", (name,), "as it is")
     layer_idx, suffix = located
     rule = _rule(config, layer_idx, suffix)
-    sources = tuple(f"model.layers.{layer_idx}.self_attn.{source}.weight" for source in rule.sources)
+    sources = tuple(f"model.layers.{layer_idx}.self_attn.{parameter(source)}" for source in rule.sources)
     if solve_output and suffix == "o_proj.weight" and config.mixer_of(layer_idx).name != "attention":
         return PlannedTensor(name, shape, "solved", sources, "ridge regression on the teacher's mixer outputs")
     return PlannedTensor(name, shape, rule.action, sources, rule.note)
@@ -163,7 +163,8 @@ def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             made: dict[str, Tensor] = {}
             for tensor in shard:
-                made[tensor.name] = _make(tensor, plan, base, layers).to(plan.dtype).contiguous()
+                # A copy: two tensors may be made from one, and safetensors stores no shared memory.
+                made[tensor.name] = _make(tensor, plan, base, layers).to(plan.dtype, copy=True).contiguous()
                 shown.advance(1)
             save_file(made, folder / file, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(made, file))

@@ -103,5 +103,7 @@ def _indices(text: str, layout: str) -> list[int]:
         if match is None:
             raise HyLoError(f"layout {layout!r}: {item!r} is not a layer index; expected lists such as 1,5,10-14")
         first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise HyLoError(f"layout {layout!r}: {item!r} runs backwards; expected ranges such as 10-14")
         indices.extend(range(first, last + 1))
     return indices

