@@ -6,6 +6,7 @@ h is a layer's output, a its mixer's output before the residual; norms over the 
 another student layer, so one pass over the mixers of the layout trains each as it would be trained alone.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -44,6 +45,14 @@ class LayerwiseTrainer(Trainer):
     def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher
+        # Open from a batch's forward pass to the next one's: gradient checkpointing runs layers again in between.
+        self._feeding = ExitStack()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._feeding.close()
 
     def compute_loss(
         self,
@@ -56,7 +65,9 @@ class LayerwiseTrainer(Trainer):
         mask = inputs["labels"] != -100
         teacher = trace_layers(self.teacher, batch)
         student = self.accelerator.unwrap_model(model)
-        with fed_with(student, teacher.inputs), recorded(student) as trace:
+        self._feeding.close()
+        self._feeding.enter_context(fed_with(student, teacher.inputs))
+        with recorded(student) as trace:
             model(**batch, use_cache=False, logits_to_keep=1)
         layers = [i for i, layer in enumerate(student.model.decoder_layers) if layer.mixer.name != "attention"]
         count = mask.sum() if num_items_in_batch is None else num_items_in_batch

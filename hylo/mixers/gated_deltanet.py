@@ -121,7 +121,9 @@ class GatedDeltaNet(TokenMixer):
         inputs = torch.cat([proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         state = None
         if past_key_values is not None:
-            state = past_key_values.get_recurrent_state(self.layer_idx)
+            cached = past_key_values.layers[self.layer_idx]
+            # Read before the convolution's update, which marks the layer as having seen tokens.
+            state = cached.recurrent_states[0] if cached.has_previous_state[0] else None
             # Returns the past inputs with the new ones, and keeps the last conv_size - 1.
             kept = self.geometry.conv_size - 1
             inputs = past_key_values.update_conv_state(

@@ -5,10 +5,11 @@ package carries. Weights are read from safetensors (or dequantised from GGUF) on
 """
 
 import importlib.metadata
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hylo.errors import HyLoError
 from hylo.files import atomic_directory, read_json
+from hylo.progress import console
 
 # transformers' model types whose attention layers this package knows how to convert.
 FAMILIES = ("llama",)
@@ -109,9 +111,12 @@ def _dequantise(gguf: Path, output: Path) -> None:
     The loaded model refuses `save_pretrained`, so its weights move to a fresh model of the same config.
     """
     folder, name = str(gguf.parent), gguf.name
+    # The reader draws a bar of its own, which belongs on a terminal only.
+    quiet = nullcontext() if console.is_terminal else redirect_stderr(io.StringIO())
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        with quiet:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except ImportError:
         raise HyLoError("reading GGUF needs the gguf package; install it with: pip install 'hylo[demo]'") from None
     except (OSError, ValueError, KeyError, IndexError) as error:
