@@ -1,8 +1,8 @@
 """The command line: parses, calls, prints. What it does is in the modules it calls."""
 
 import json
+import signal
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 
 from hylo.errors import HyLoError
 
@@ -155,13 +156,13 @@ def convert(
     import tempfile
 
     from hylo.upcycle.bases import Base, model_folder, resolve_base
+    from hylo.upcycle.convert import check_output, plan_conversion, plan_json, plan_table
     from hylo.upcycle.convert import convert as execute
-    from hylo.upcycle.convert import plan_conversion, plan_json, plan_table
 
     if output is None and not dry_run:
         raise HyLoError("convert needs an OUTPUT folder, or --dry-run")
-    if output is not None and output.exists() and not overwrite and not dry_run:
-        raise HyLoError(f"{output} already exists; choose another output or pass --overwrite")
+    if output is not None and not dry_run:
+        check_output(output, overwrite)
     resolve_base(base)
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_folder(base, Path(scratch) / "base")
@@ -268,7 +269,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="For sampling.")] = 0,
 ) -> None:
     """Continue a prompt, word by word.
 
@@ -281,7 +282,10 @@ def generate(
     from hylo.upcycle.bases import load_model, load_tokenizer, opened_folder
 
     if prompt == "-":
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise HyLoError("standard input is not text") from None
     if not prompt.strip():
         raise HyLoError("the prompt is empty")
     with opened_folder(model) as folder:
@@ -304,26 +308,33 @@ def _quietly() -> None:
     warnings.filterwarnings("ignore")
 
 
-def _fail(error: Exception) -> NoReturn:
-    """One line on standard error, exit code 1."""
+def _fail(error: object, code: int) -> NoReturn:
+    """One line on standard error."""
     line = f"hylo: {' '.join(str(error).split())}"
     Console(stderr=True).print(line, style="red", highlight=False, soft_wrap=True, markup=False)
-    raise SystemExit(1) from None
+    raise SystemExit(code) from None
 
 
-def main(run: Callable[[], None] = app) -> None:
-    """The `hylo` command: bad input is one line on standard error and exit code 1."""
+def main() -> None:
+    """The `hylo` command: bad input is one line on standard error and exit code 1, a wrong command line 2."""
+    # What schedulers send: unwind, so that nothing half-written is left.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         _quietly()
-        run()
-    except HyLoError as error:
-        _fail(error)
-    except OSError as error:
-        # A full disk, a folder without permission.
-        _fail(error)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("hylo: interrupted", style="red")
-        raise SystemExit(130) from None
+        raise SystemExit(app(standalone_mode=False))
+    except (HyLoError, OSError, SafetensorError) as error:
+        # OSError: a full disk, a folder without permission; safetensors has its own.
+        _fail(error, 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:
+        # The command line's own errors, whichever copy of click typer brings.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            raise SystemExit(2) from None
+        _fail(f"{error.format_message()} (--help lists what is expected)", 2)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,14 @@ from typing import Any
 from hylo.errors import HyLoError
 
 
+def expand_user(path: str | Path) -> Path:
+    """With ~ spelled out. Raises HyLoError where that user does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise HyLoError(f"{path} does not exist") from None
+
+
 @contextmanager
 def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new directory beside `path` that becomes `path` when the block ends well, and vanishes when it does not.

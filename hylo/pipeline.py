@@ -6,6 +6,7 @@ does not fit is refused, unless it is asked for by name.
 """
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import shutil
@@ -17,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import PreTrainedModel, set_seed
+from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from hylo.distill.recipe import Recipe, StageSection
 from hylo.distill.trainer import train_stage
@@ -38,11 +38,15 @@ from hylo.upcycle.bases import (
     model_folder,
     resolve_base,
     save_checkpoint,
+    weights_digest,
 )
 from hylo.upcycle.calibrate import calibrate_checkpoint
 from hylo.upcycle.convert import DTYPES, plan_conversion, write_checkpoint
+from hylo.version import __version__
 
 _STEP_FILE = "step.json"
+# Marks a folder as a run, and says by which recipe it was last carried out.
+_RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ class UpcycleRun:
         return without_overlap(training, held_out), held_out
 
     @cached_property
+    def _base_digest(self) -> str:
+        return weights_digest(resolve_base(self.recipe.base))
+
+    @cached_property
     def _text_digest(self) -> str:
         return text_digest(itertools.chain(*self.documents))
 
@@ -106,9 +114,9 @@ class UpcycleRun:
     @property
     def steps(self) -> list[Step]:
         recipe = self.recipe
-        training = [self._stage_step(stage) for stage in recipe.stages]
+        training = [self._stage_step(i, stage) for i, stage in enumerate(recipe.stages)]
         data = [recipe.data.model_dump(), self._text_digest]
-        steps = [Step("convert", [recipe.base, recipe.layout, recipe.geometry], self._convert)]
+        steps = [Step("convert", [self._base_digest, recipe.layout, recipe.geometry], self._convert)]
         if recipe.calibration is not None:
             depends = [recipe.calibration.model_dump(), data, recipe.seed, str(self.dtype)]
             steps.append(Step("calibrate", depends, self._calibrate))
@@ -163,22 +171,31 @@ class UpcycleRun:
         )
         return {"tokens": windows.tokens}
 
-    def _stage_step(self, stage: StageSection) -> Step:
+    def _stage_step(self, index: int, stage: StageSection) -> Step:
         recipe = self.recipe
         depends = [stage.model_dump(), recipe.teacher, self._text_digest, recipe.seed, str(self.dtype)]
-        return Step(stage.name, depends, lambda folder: self._stage(stage, folder))
+        # Calibration has the recipe's seed; each stage its own, and so other windows of the text.
+        return Step(stage.name, depends, lambda folder: self._stage(stage, folder, recipe.seed + 1 + index))
 
-    def _stage(self, stage: StageSection, folder: Path) -> dict[str, Any]:
-        set_seed(self.recipe.seed)
+    def _stage(self, stage: StageSection, folder: Path, seed: int) -> dict[str, Any]:
+        set_seed(seed)
         windows = make_windows(
-            self.documents[0], self.tokenizer, stage.length, limit_tokens=stage.tokens, seed=self.recipe.seed
+            self.documents[0],
+            self.tokenizer,
+            stage.length,
+            limit_tokens=stage.steps * stage.tokens_per_step,
+            seed=seed,
         )
         student = self._model(self._previous(stage.name))
-        # Frozen, so it is kept in what it computes in.
-        teacher = self._model(self.base_folder if stage.objective == "layerwise" else self.teacher_folder, self.dtype)
-        logs = train_stage(stage, student, teacher, windows, folder, dtype=self.dtype, seed=self.recipe.seed)
+        if stage.objective == "layerwise":
+            teacher = self._model(self.base_folder)
+        else:
+            # Frozen, so it is kept in what it computes in.
+            teacher = self._model(self.teacher_folder, self.dtype)
+        logs = train_stage(stage, student, teacher, windows, folder, dtype=self.dtype, seed=seed)
         save_checkpoint(student, folder, self.base_folder)
-        return {"tokens": stage.steps * stage.tokens_per_step, "distinct_tokens": windows.tokens, "logs": logs}
+        tokens = round(stage.steps * stage.tokens_per_step * windows.fill)
+        return {"tokens": tokens, "distinct_tokens": windows.tokens, "logs": logs}
 
     def _save(self, folder: Path) -> dict[str, Any]:
         model = self._model(self._previous("model"))
@@ -207,7 +224,7 @@ class UpcycleRun:
             samples["hybrid"] = self._sample(model)
         result = {
             "tokens": windows.tokens,
-            "documents": len(self.documents[1]),
+            "documents": windows.documents,
             "scores": {name: score.as_dict() for name, score in scores.items()},
             "samples": {name: text for name, text in samples.items() if text},
         }
@@ -228,6 +245,9 @@ class UpcycleRun:
 
     def check(self) -> None:
         """Everything that can be found wrong before long work: base, layout, geometry, text. Raises HyLoError."""
+        for package, needed_by in (("accelerate", self.recipe.stages), ("matplotlib", True)):
+            if needed_by and importlib.util.find_spec(package) is None:
+                raise HyLoError(f"upcycling needs {package}; install it with: pip install 'hylo[train]'")
         _ = self.documents
         resolve_base(self.recipe.base)
         if self.recipe.teacher is not None:
@@ -236,6 +256,13 @@ class UpcycleRun:
             plan_conversion(base, self.recipe.layout, self.recipe.geometry)
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
+            with Base.open(self.base_folder) as base:
+                teacher = AutoConfig.from_pretrained(self.teacher_folder)
+                if base.config.vocab_size != teacher.vocab_size:
+                    raise HyLoError(
+                        f"teacher {self.recipe.teacher} has a head of {teacher.vocab_size} words, the base one of "
+                        f"{base.config.vocab_size}"
+                    )
 
     def run(self, first: str | None = None, until: str | None = None) -> dict[str, Any]:
         """Does the steps that are not done yet. Returns what each step kept, by name.
@@ -249,20 +276,23 @@ class UpcycleRun:
         """
         names = self.step_names
         for name in (first, until):
-            if name is not None and name not in self.step_names:
-                raise HyLoError(f"no step {name!r}; expected one of {', '.join(self.step_names)}")
+            if name is not None and name not in names:
+                raise HyLoError(f"no step {name!r}; expected one of {', '.join(names)}")
         if first and until and names.index(until) < names.index(first):
             raise HyLoError(f"--until {until} comes before --from {first}; expected a step after it")
+        self._check_output()
         fingerprints = self._fingerprints()
-        redo = self.step_names[self.step_names.index(first) :] if first else []
+        redo = names[names.index(first) :] if first else []
         self._check_fingerprints(fingerprints, redo)
         self.check()
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HyLoError(f"cannot write to {self.output}: {error.strerror}") from None
-        recipe_file = self.output / "recipe.yaml"
-        recipe_file.write_text(yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
+        write_json(self.output / _RUN_FILE, {"hylo": __version__, "recipe": self.recipe.model_dump()})
+        # What a run that was killed had begun.
+        for leftover in self.output.glob(".*.partial-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         for name in redo:
             shutil.rmtree(self.output / name, ignore_errors=True)
         results = {}
@@ -271,6 +301,16 @@ class UpcycleRun:
             if step.name == until:
                 break
         return results
+
+    def _check_output(self) -> None:
+        """Raises HyLoError where the output is not a folder of runs: nothing of the user's own is written over."""
+        if self.output.exists() and not self.output.is_dir():
+            raise HyLoError(f"{self.output} is a file; expected a folder for the run")
+        if self.output.is_dir() and not (self.output / _RUN_FILE).is_file():
+            # A first run that stopped early may have left a dequantised model.
+            foreign = sorted(entry.name for entry in self.output.iterdir() if entry.name not in ("base", "teacher"))
+            if foreign:
+                raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
 
     def _fingerprints(self) -> dict[str, str]:
         """Of each step: a hash over what it and the steps before it depend on."""

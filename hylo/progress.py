@@ -1,15 +1,12 @@
 """Progress a person can read: bars with rates and time left on a terminal, a line now and then in a log."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-
-Item = TypeVar("Item")
 
 # Results go to standard output; how far something is, to standard error.
 console = Console(stderr=True)
@@ -80,11 +77,3 @@ def bar(description: str, total: float, unit: str) -> Iterator[Bar]:
         yield shown
     finally:
         shown.close()
-
-
-def track(items: Iterable[Item], description: str, total: float, unit: str) -> Iterator[Item]:
-    """Iterates under a bar that counts the items."""
-    with bar(description, total, unit) as shown:
-        for item in items:
-            yield item
-            shown.advance(1)

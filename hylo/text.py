@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hylo.errors import HyLoError
+from hylo.files import expand_user
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
 # Contamination is told by runs of this many words, as in GPT-3 (arXiv 2005.14165, appendix C).
@@ -66,7 +67,7 @@ def read_documents(sources: Sequence[str]) -> list[Document]:
         if source in BUILTIN_SOURCES:
             documents.extend(BUILTIN_SOURCES[source]())
             continue
-        path = Path(source).expanduser()
+        path = expand_user(source)
         if not path.exists():
             raise HyLoError(
                 f"text {source!r} does not exist; expected a file, a folder or {', '.join(BUILTIN_SOURCES)}"
@@ -98,10 +99,10 @@ def without_overlap(documents: Sequence[Document], held_out: Sequence[Document])
 
     Raises HyLoError where nothing is left.
     """
-    names = {document.name for document in held_out}
+    kept_out = set(held_out)
     seen = {shingle for document in held_out for shingle in _shingles(document.text)}
     training = [
-        Document(document.name, _without(document.text, seen)) for document in documents if document.name not in names
+        Document(document.name, _without(document.text, seen)) for document in documents if document not in kept_out
     ]
     training = [document for document in training if document.text.strip()]
     if not training:
@@ -136,12 +137,6 @@ def _without(text: str, seen: set[int]) -> str:
     return _without(kept, seen) if bad else kept
 
 
-def shared_shingles(first: Sequence[Document], second: Sequence[Document]) -> int:
-    """How many runs of 13 words two sets of documents share."""
-    shingles = [{s for document in documents for s in _shingles(document.text)} for documents in (first, second)]
-    return len(shingles[0] & shingles[1])
-
-
 def text_digest(documents: Iterable[Document]) -> str:
     """A hash of names and texts, to tell whether they changed."""
     digest = hashlib.sha256()
@@ -157,8 +152,8 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     -100 where the position does not count in the loss. The first position does not: it has seen one token.
     """
 
-    def __init__(self, windows: list[list[int]], length: int) -> None:
-        self.windows, self.length = windows, length
+    def __init__(self, windows: list[list[int]], length: int, documents: int = 1) -> None:
+        self.windows, self.length, self.documents = windows, length, documents
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -178,8 +173,13 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     @property
     def tokens(self) -> int:
-        """Real tokens."""
+        """Real tokens, without padding."""
         return sum(len(window) for window in self.windows)
+
+    @property
+    def fill(self) -> float:
+        """The share of real tokens among all positions."""
+        return self.tokens / (len(self) * self.length)
 
     def batches(self, batch_size: int) -> list[dict[str, Tensor]]:
         """All windows in order, stacked `batch_size` at a time."""
@@ -191,33 +191,41 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
 def make_windows(
     documents: Sequence[Document], tokenizer: Any, length: int, *, limit_tokens: int | None = None, seed: int = 0
 ) -> Windows:
-    """Cuts documents to windows, in an order that `seed` fixes, until `limit_tokens` are reached.
+    """Cuts documents to windows, in an order that `seed` fixes.
 
+    At most `limit_tokens` of them, padding counted, but one window at least.
     The end of a document is kept where it fills at least half a window.
 
     Raises HyLoError where no document is that long.
     """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    limit = None if limit_tokens is None else max(1, limit_tokens // length)
+    start = _first_ids(tokenizer)
+    piece_length = length - len(start)
     windows: list[list[int]] = []
+    used: set[int] = set()
     cut: dict[int, list[list[int]]] = {}
-    total = 0
     # The first window of each document, then the second of each, ...: a small budget sees many documents.
     for turn in itertools.count():
-        ended = True
+        before = len(windows)
         for i in order:
             if i not in cut:
                 ids = tokenizer(documents[i].text, add_special_tokens=False)["input_ids"]
-                pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
-                cut[i] = [piece for piece in pieces if 2 * len(piece) >= length]
+                pieces = [ids[at : at + piece_length] for at in range(0, len(ids), piece_length)]
+                cut[i] = [start + piece for piece in pieces if 2 * (len(start) + len(piece)) >= length]
             if turn < len(cut[i]):
-                ended = False
-                window = cut[i][turn]
-                if limit_tokens is not None and windows and total + len(window) > limit_tokens:
-                    return Windows(windows, length)
-                windows.append(window)
-                total += len(window)
-        if ended:
+                windows.append(cut[i][turn])
+                used.add(i)
+                if len(windows) == limit:
+                    return Windows(windows, length, len(used))
+        if len(windows) == before:
             break
     if not windows:
         raise HyLoError(f"no document is long enough for a window of {length} tokens; choose a smaller length")
-    return Windows(windows, length)
+    return Windows(windows, length, len(used))
+
+
+def _first_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text, such as Llama 3's beginning of text: every window starts so."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return whole[: whole.index(bare[0])] if bare and bare[0] in whole else []

@@ -14,11 +14,12 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check)
 
 install_torch() {
   if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then
-    # Without an NVIDIA GPU the CPU build will do; the registry's default build brings gigabytes of CUDA.
+    # Without an NVIDIA GPU the CPU build will do; the default build brings gigabytes of CUDA. First from wherever pip
+    # is set up to look, then from PyTorch's own index, which uv knows.
     echo "setup: no NVIDIA GPU, installing the CPU build of torch"
     "${pip[@]}" install -q 'torch==2.13.0+cpu' 2>/dev/null && return
     "${pip[@]}" install -q uv && .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend cpu 'torch>=2.11,<2.14' && return
-    echo "setup: no CPU build within reach, installing the default build" >&2
+    echo "setup: no CPU build found, installing the default build" >&2
   fi
   "${pip[@]}" install -q 'torch>=2.11,<2.14'
 }

@@ -131,8 +131,26 @@ def test_usage_errors_exit_with_2(run: Run, here: Path) -> None:
     for line in ("convert", "eval base", "nonsense", "generate base", "eval base -t texts --length 1"):
         result = run(*line.split())
         assert result.code == 2, line
-        assert result.err
-        assert "Traceback" not in result.err
+        assert result.err.startswith("hylo: ")
+        assert result.err.count("\n") == 1
+    assert everything(here) == before
+
+
+def test_overwrite_replaces_hybrids_alone(run: Run, here: Path) -> None:
+    before = everything(here)
+    for target in ("exists", "base", "."):
+        result = run("convert", "base", target, "--layout", "2MLA2GDN", "--overwrite")
+        assert result.code == 1
+        assert "not a hybrid's checkpoint" in result.err
+    assert everything(here) == before
+
+
+def test_a_folder_of_the_users_own_is_no_run(run: Run, here: Path) -> None:
+    before = everything(here)
+    for target in (".", "texts", "recipe.yaml"):
+        result = run("upcycle", "recipe.yaml", "-o", target)
+        assert result.code == 1
+        assert result.err.count("\n") == 1
     assert everything(here) == before
 
 
@@ -217,4 +235,4 @@ def test_upcycle_until(run: Run, here: Path) -> None:
     assert result.code == 0, result.err
     assert "convert" in result.out
     load_model(here / "out" / "convert")
-    assert sorted(path.name for path in (here / "out").iterdir()) == ["convert", "recipe.yaml"]
+    assert sorted(path.name for path in (here / "out").iterdir()) == ["convert", "run.json"]

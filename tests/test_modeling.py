@@ -245,3 +245,48 @@ def test_bad_config_is_refused(case: str) -> None:
         values.pop(key, None)
     with pytest.raises(HyLoError, match=named):
         HyLoForCausalLM(HyLoConfig(**values))
+
+
+PUBLISHED = {
+    "4MLA12GDN on Llama-3.2-1B": (
+        1_673_797_776,
+        {
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "token_mixers": ["mla" if i in (1, 5, 10, 14) else "gdn" for i in range(16)],
+        },
+        {"kv_lora_rank": 128, "q_lora_rank": 1344, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64},
+        6,
+    ),
+    "14MLA14GDN on Llama-3.2-3B": (
+        3_971_381_500,
+        {
+            "hidden_size": 3072,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "token_mixers": ["mla", "gdn"] * 14,
+        },
+        {"kv_lora_rank": 128, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 128},
+        9,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_geometries_to_the_parameter(name: str) -> None:
+    """The counts that the released checkpoints state, with the head counted apart from the embedding."""
+    expected, sizes, mla, heads = PUBLISHED[name]
+    config = HyLoConfig(
+        **sizes,
+        num_hidden_layers=len(sizes["token_mixers"]),
+        intermediate_size=8192,
+        vocab_size=128_256,
+        tie_word_embeddings=False,
+        mixer_geometry={"mla": mla, "gdn": {"num_heads": heads, "head_k_dim": 256, "head_v_dim": 512}},
+    )
+    with torch.device("meta"):
+        model = HyLoForCausalLM(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected

@@ -66,7 +66,7 @@ def names(output: Path) -> set[str]:
 
 
 def test_every_step_leaves_its_folder(finished: Path) -> None:
-    assert names(finished) == {*STEPS, "recipe.yaml"}
+    assert names(finished) == {*STEPS, "run.json"}
     assert set(step_files(finished)) == set(STEPS)
     for name in ("convert", "calibrate", "stage1", "stage2", "model"):
         model = load_model(finished / name)
@@ -95,7 +95,7 @@ def test_another_recipe_is_refused(run_folder: Path, base_folder: Path, text_fol
         UpcycleRun(changed, run_folder).run()
     assert step_files(run_folder) == before
     # The recipe that made the folders stays beside them.
-    assert (run_folder / "recipe.yaml").read_text().count("0.002") == 0
+    assert (run_folder / "run.json").read_text().count("0.002") == 0
     UpcycleRun(changed, run_folder).run(first="stage2")
     after = step_files(run_folder)
     assert {name for name in STEPS if after[name] != before[name]} == set(STEPS[3:])
@@ -114,10 +114,10 @@ def test_until_stops_and_a_later_run_goes_on(recipe: Recipe, tmp_path: Path) -> 
     output = tmp_path / "run"
     results = UpcycleRun(recipe, output).run(until="calibrate")
     assert list(results) == ["convert", "calibrate"]
-    assert names(output) == {"convert", "calibrate", "recipe.yaml"}
+    assert names(output) == {"convert", "calibrate", "run.json"}
     before = step_files(output)
     UpcycleRun(recipe, output).run(until="stage1")
-    assert names(output) == {"convert", "calibrate", "stage1", "recipe.yaml"}
+    assert names(output) == {"convert", "calibrate", "stage1", "run.json"}
     assert {name: step_files(output)[name] for name in before} == before
 
 
@@ -132,7 +132,7 @@ def test_a_stage_that_fails_leaves_nothing(base_folder: Path, text_folder: Path,
     diverging = make_recipe(base_folder, text_folder, learning_rate=1e30)
     with pytest.raises(HyLoError, match="stage2: "):
         UpcycleRun(diverging, run_folder).run(first="stage2")
-    assert names(run_folder) == {"convert", "calibrate", "stage1", "recipe.yaml"}
+    assert names(run_folder) == {"convert", "calibrate", "stage1", "run.json"}
 
 
 @pytest.mark.parametrize("name", ["first", "until"])

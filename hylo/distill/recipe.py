@@ -5,14 +5,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hylo.errors import HyLoError
 from hylo.precision import Precision
 
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a number")
+    return value
+
+
 Positive = Annotated[int, Field(gt=0)]
 # Not strict: YAML reads 1e-3 as text.
-Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+Number = Annotated[float, Field(strict=False, allow_inf_nan=False), BeforeValidator(_not_bool)]
 # Of tokens a window: one predicts nothing.
 Length = Annotated[int, Field(gt=1)]
 
@@ -66,7 +73,8 @@ class StageSection(_Section):
         accumulation: batches a step.
         warmup: share of the steps.
         weight_decay: AdamW's.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm; by default 1 for `kl`, and not at all for `layerwise`,
+            where one norm over all layers would tie together layers that train each for itself.
         train: `mixers` of the replaced layers alone, or `all` parameters. Stage 1 trains mixers.
         gradient_checkpointing: recompute each layer in the backward pass, to save memory.
     """
@@ -80,7 +88,7 @@ class StageSection(_Section):
     accumulation: Positive = 1
     warmup: Number = Field(default=0.01, ge=0, lt=1)
     weight_decay: Number = Field(default=0.0, ge=0)
-    max_grad_norm: Number = Field(default=1.0, gt=0)
+    max_grad_norm: Number | None = Field(default=None, gt=0)
     train: Literal["mixers", "all"] = "mixers"
     gradient_checkpointing: bool = False
 
@@ -95,6 +103,13 @@ class StageSection(_Section):
     @property
     def tokens_per_step(self) -> int:
         return self.length * self.batch_size * self.accumulation
+
+    @property
+    def clip_norm(self) -> float:
+        """0 where gradients are not clipped."""
+        if self.max_grad_norm is not None:
+            return self.max_grad_norm
+        return 1.0 if self.objective == "kl" else 0.0
 
     @property
     def steps(self) -> int:
@@ -140,7 +155,7 @@ class Recipe(_Section):
     calibration: CalibrationSection | None = None
     stages: list[StageSection] = Field(default_factory=list)
     evaluation: EvaluationSection = EvaluationSection()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32 - 1000)
     precision: Precision = "auto"
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
@@ -183,7 +198,9 @@ def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
 
 def _describe(error: Any) -> str:
     """One line for one pydantic error: where, what, and what was expected."""
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    # Where a value may be of several types, pydantic adds the type that it tried: not a key.
+    keys = [part for part in error["loc"] if part not in ("str", "list[str]", "constrained-float")]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in keys).lstrip(".")
     if error["type"] == "extra_forbidden":
         *parents, _ = error["loc"]
         section: type[BaseModel] = Recipe

@@ -27,13 +27,16 @@ def layerwise_loss(student: LayerTrace, teacher: LayerTrace, layers: list[int], 
     return total
 
 
-def freeze_all_but_mixers(student: HyLoForCausalLM) -> list[int]:
-    """Lets only the parameters of replaced mixers train. Returns their layers."""
+def replaced_layers(student: HyLoForCausalLM) -> list[int]:
+    """The layers whose attention a conversion replaced."""
+    return [i for i, layer in enumerate(student.model.decoder_layers) if layer.mixer.replaces_attention]
+
+
+def freeze_all_but_mixers(student: HyLoForCausalLM) -> None:
+    """Lets only the parameters of replaced mixers train."""
     student.requires_grad_(False)
-    replaced = [i for i, layer in enumerate(student.model.decoder_layers) if layer.mixer.name != "attention"]
-    for i in replaced:
+    for i in replaced_layers(student):
         student.model.layers[i].mixer.requires_grad_(True)
-    return replaced
 
 
 class LayerwiseTrainer(Trainer):
@@ -63,12 +66,13 @@ class LayerwiseTrainer(Trainer):
     ) -> Tensor:
         batch = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         mask = inputs["labels"] != -100
-        teacher = trace_layers(self.teacher, batch)
+        # The teacher's weights and residual stream stay in float32: the loss is a small difference of large values.
+        with self.accelerator.autocast():
+            teacher = trace_layers(self.teacher, batch)
         student = self.accelerator.unwrap_model(model)
         self._feeding.close()
         self._feeding.enter_context(fed_with(student, teacher.inputs))
         with recorded(student) as trace:
             model(**batch, use_cache=False, logits_to_keep=1)
-        layers = [i for i, layer in enumerate(student.model.decoder_layers) if layer.mixer.name != "attention"]
         count = mask.sum() if num_items_in_batch is None else num_items_in_batch
-        return layerwise_loss(trace, teacher, layers, mask, count)
+        return layerwise_loss(trace, teacher, replaced_layers(student), mask, count)

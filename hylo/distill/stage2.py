@@ -26,7 +26,8 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         batch = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         mask = inputs["labels"] != -100
-        teacher_hidden = final_hidden(self.teacher, batch)
+        with self.accelerator.autocast():
+            teacher_hidden = final_hidden(self.teacher, batch)
         student = self.accelerator.unwrap_model(model)
         # The wrapped model's own forward runs; its final hidden states are picked up on the way to one token's logits.
         final: list[Tensor] = []
@@ -35,11 +36,12 @@ class DistillationTrainer(Trainer):
             model(**batch, use_cache=False, logits_to_keep=1)
         finally:
             handle.remove()
-        return linear_kl(
-            final[0].flatten(0, 1),
-            student.get_output_embeddings().weight,
-            teacher_hidden.flatten(0, 1),
-            self.teacher.get_output_embeddings().weight,
-            mask.flatten(),
-            count=num_items_in_batch,
-        )
+        with self.accelerator.autocast():
+            return linear_kl(
+                final[0].flatten(0, 1),
+                student.get_output_embeddings().weight,
+                teacher_hidden.flatten(0, 1),
+                self.teacher.get_output_embeddings().weight,
+                mask.flatten(),
+                count=num_items_in_batch,
+            )

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hylo.distill.recipe import StageSection
-from hylo.distill.stage1 import LayerwiseTrainer, freeze_all_but_mixers
+from hylo.distill.stage1 import LayerwiseTrainer, freeze_all_but_mixers, replaced_layers
 from hylo.distill.stage2 import DistillationTrainer
 from hylo.errors import HyLoError
 from hylo.modeling import HyLoForCausalLM
@@ -27,21 +27,21 @@ from hylo.text import Windows
 
 
 class StageProgress(TrainerCallback):
-    """A bar over tokens with the loss beside it; logged steps as lines of JSON. Stops where the loss is not finite."""
+    """A bar over real tokens with the loss beside it; logged steps as lines of JSON; a loss not finite stops it."""
 
-    def __init__(self, stage: StageSection, metrics: Path) -> None:
-        self.stage, self.metrics = stage, metrics
+    def __init__(self, stage: StageSection, tokens_per_step: float, metrics: Path) -> None:
+        self.stage, self.tokens_per_step, self.metrics = stage, tokens_per_step, metrics
         self.bar: Bar | None = None
         self.status = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.bar = Bar(self.stage.name, state.max_steps * self.stage.tokens_per_step, "tokens")
+        self.bar = Bar(self.stage.name, state.max_steps * self.tokens_per_step, "tokens")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.bar is not None
-        self.bar.advance(self.stage.tokens_per_step, self.status)
+        self.bar.advance(self.tokens_per_step, self.status)
 
     def on_log(
         self,
@@ -61,7 +61,7 @@ class StageProgress(TrainerCallback):
                 "expected finite numbers (a lower learning_rate may help)"
             )
         self.status = f"loss {loss:.3f}"
-        entry = {"step": state.global_step, "tokens": state.global_step * self.stage.tokens_per_step, **logs}
+        entry = {"step": state.global_step, "tokens": round(state.global_step * self.tokens_per_step), **logs}
         with self.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -99,8 +99,8 @@ def train_stage(
     """
     teacher.requires_grad_(False).eval()
     trainer_class: type[LayerwiseTrainer] | type[DistillationTrainer]
-    replaced = freeze_all_but_mixers(student)
-    if not replaced:
+    freeze_all_but_mixers(student)
+    if not replaced_layers(student):
         raise HyLoError(f"{stage.name}: every layer of the layout is attention; there is nothing to train")
     trainer_class = LayerwiseTrainer if stage.objective == "layerwise" else DistillationTrainer
     if stage.train == "all":
@@ -114,7 +114,7 @@ def train_stage(
         lr_scheduler_type="cosine",
         warmup_steps=min(math.ceil(stage.warmup * stage.steps), stage.steps - 1),
         weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
+        max_grad_norm=stage.clip_norm,
         gradient_checkpointing=stage.gradient_checkpointing,
         bf16=dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
@@ -128,8 +128,10 @@ def train_stage(
         seed=seed,
         data_seed=seed,
     )
+    if arguments.n_gpu > 1 or arguments.world_size > 1:
+        raise HyLoError(f"{stage.name}: training runs on one device; set CUDA_VISIBLE_DEVICES to one GPU")
     output.mkdir(parents=True, exist_ok=True)
-    progress = StageProgress(stage, output / "metrics.jsonl")
+    progress = StageProgress(stage, stage.tokens_per_step * data.fill, output / "metrics.jsonl")
     trainer: Trainer = trainer_class(
         model=student, args=arguments, train_dataset=data, callbacks=[progress], teacher=teacher
     )

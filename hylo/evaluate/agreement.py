@@ -114,13 +114,15 @@ def _chunk_sums(
     hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None
 ) -> Tensor:
     """Sums over tokens of cross-entropy, KL and agreement, and the count."""
-    student = (hidden.to(head.dtype) @ head.T).float().log_softmax(-1)
-    entropy = -student.gather(-1, targets[:, None]).sum()
-    kl = agreement = torch.zeros(())
-    if teacher_hidden is not None and teacher_head is not None:
-        teacher = (teacher_hidden.to(teacher_head.dtype) @ teacher_head.T).float().log_softmax(-1)
-        agreement = (student.argmax(-1) == teacher.argmax(-1)).sum()
-        kl = (teacher.exp() * (teacher - student)).sum()
+    # In float32 whatever autocast says: bfloat16 logits tie, and a tie is no agreement.
+    with torch.autocast(hidden.device.type, enabled=False):
+        student = (hidden.float() @ head.float().T).log_softmax(-1)
+        entropy = -student.gather(-1, targets[:, None]).sum()
+        kl = agreement = torch.zeros(())
+        if teacher_hidden is not None and teacher_head is not None:
+            teacher = (teacher_hidden.float() @ teacher_head.float().T).log_softmax(-1)
+            agreement = (student.argmax(-1) == teacher.argmax(-1)).sum()
+            kl = (teacher.exp() * (teacher - student)).sum()
     return torch.stack([x.double().cpu() for x in (entropy, kl, agreement, torch.tensor(len(targets)))])
 
 

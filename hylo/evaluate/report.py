@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from hylo.config import HyLoConfig
 from hylo.distill.recipe import Recipe
 from hylo.files import write_json
+from hylo.upcycle.bases import Base
 from hylo.upcycle.convert import DTYPES
 from hylo.upcycle.layout import format_layout
 
@@ -59,6 +60,8 @@ def write_report(
         steps: each step's `step.json`.
         dtype: of the matrix products that the scores were computed with.
     """
+    with Base.open(base_folder) as base:
+        base_parameters = base.parameters
     config = AutoConfig.from_pretrained(model_folder)
     assert isinstance(config, HyLoConfig)
     element = DTYPES[recipe.save_dtype].itemsize
@@ -69,7 +72,7 @@ def write_report(
         "token_mixers": config.token_mixers,
         "mixer_geometry": config.mixer_geometry,
         "parameters": steps["convert"]["result"]["parameters"],
-        "base_parameters": _base_parameters(base_folder),
+        "base_parameters": base_parameters,
         "cache_bytes_per_token": config.cache_bytes(1, element),
         "base_cache_bytes_per_token": config.base_cache_elements_per_token * element,
         "cache_ratio": config.cache_elements_per_token / config.base_cache_elements_per_token,
@@ -88,17 +91,6 @@ def write_report(
     write_json(folder / "report.json", report)
     plot_report(report, folder / "report.png")
     return report
-
-
-def _base_parameters(folder: Path) -> int:
-    """Counted as saved: a tied head is not counted apart."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            total += sum(torch.Size(tensors.get_slice(name).get_shape()).numel() for name in tensors.keys())  # noqa: SIM118
-    return total
 
 
 def report_table(report: Mapping[str, Any]) -> Table:

@@ -19,6 +19,7 @@ class Attention(LlamaAttention, TokenMixer):
     name = "attention"
     block = "ATT"
     layer_type = "full_attention"
+    replaces_attention = False
 
     def forward(
         self,

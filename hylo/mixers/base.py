@@ -48,6 +48,8 @@ class TokenMixer(nn.Module, ABC):
     # The kind of cache layer transformers makes for it: keys and values that grow, or a state of fixed size.
     layer_type: ClassVar[Literal["full_attention", "linear_attention"]]
     geometry_class: ClassVar[type[Geometry]] = Geometry
+    # Whether a conversion puts it in attention's place, to be calibrated and trained.
+    replaces_attention: ClassVar[bool] = True
 
     # Set by each mixer's `__init__(config, layer_idx)`.
     config: "HyLoConfig"
@@ -75,6 +77,13 @@ class TokenMixer(nn.Module, ABC):
     @abstractmethod
     def output_projection(self) -> nn.Linear:
         """The last linear map, the one whose input calibration regresses on."""
+
+    @classmethod
+    def default_geometry(
+        cls, num_heads: int, num_kv_heads: int, head_dim: int, given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Sizes for a base's heads, where the user `given` some of them: all but those that depend on no other."""
+        return {}
 
     @classmethod
     def rotary_embedding(cls, config: "HyLoConfig") -> RotaryEmbedding | None:

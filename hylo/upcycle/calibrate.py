@@ -22,7 +22,7 @@ from hylo.precision import autocast, default_device
 from hylo.progress import bar
 from hylo.text import Windows
 from hylo.upcycle.bases import load_model, save_checkpoint
-from hylo.upcycle.trace import decoder_layers, enter_layers, step_layer
+from hylo.upcycle.trace import enter_layers, layers_of, step_layer
 
 
 class RidgeRegression:
@@ -105,9 +105,10 @@ def calibrate(
         for hidden, batch in zip(teacher_hidden, batches, strict=True)
     ]
     real = [batch["attention_mask"].bool() for batch in batches]
-    with bar("calibrate", len(layers), "layers") as shown:
-        for layer, teacher_layer in zip(layers, decoder_layers(teacher), strict=True):
-            solved = layer.mixer.name != "attention"
+    tokens = sum(int(mask.sum()) for mask in real)
+    with bar("calibrate", tokens, "tokens") as shown:
+        for layer, teacher_layer in zip(layers, layers_of(teacher), strict=True):
+            solved = layer.mixer.replaces_attention
             projection = layer.mixer.output_projection
             regression = RidgeRegression()
             features = []
@@ -126,7 +127,8 @@ def calibrate(
                     layer.after_mixing(hidden, projection(x))
                     for hidden, x in zip(student_hidden, features, strict=True)
                 ]
-            shown.advance(1)
+            # Every token passes every layer: a layer is its share of the tokens.
+            shown.advance(tokens / len(layers))
 
 
 class _ReachedError(Exception):

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
-from hylo.files import atomic_directory, write_json
+from hylo.files import atomic_directory, read_json, write_json
 from hylo.modeling import HyLoForCausalLM
 from hylo.progress import bar
 from hylo.upcycle.bases import Base, copy_companions
@@ -136,15 +136,27 @@ def _planned(name: str, shape: torch.Size, config: HyLoConfig, solve_output: boo
     layer_idx, suffix = located
     rule = _rule(config, layer_idx, suffix)
     sources = tuple(f"model.layers.{layer_idx}.self_attn.{parameter(source)}" for source in rule.sources)
-    if solve_output and suffix == "o_proj.weight" and config.mixer_of(layer_idx).name != "attention":
+    if solve_output and suffix == "o_proj.weight" and config.mixer_of(layer_idx).replaces_attention:
         return PlannedTensor(name, shape, "solved", sources, "ridge regression on the teacher's mixer outputs")
     return PlannedTensor(name, shape, rule.action, sources, rule.note)
 
 
 def convert(plan: ConversionPlan, base: Base, output: Path, *, overwrite: bool = False) -> None:
-    """Writes the hybrid's checkpoint as a new folder, whole or not at all. Raises HyLoError where `output` exists."""
+    """Writes the hybrid's checkpoint as a new folder, whole or not at all. Raises as `check_output`."""
+    check_output(output, overwrite)
     with atomic_directory(output, overwrite=overwrite) as work:
         write_checkpoint(plan, base, work)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises HyLoError where `output` exists, unless it may be overwritten: a hybrid's checkpoint may, nothing else."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise HyLoError(f"{output} already exists; choose another output or pass --overwrite")
+    config = output / "config.json"
+    if not config.is_file() or read_json(config).get("model_type") != HyLoConfig.model_type:
+        raise HyLoError(f"{output} is not a hybrid's checkpoint; --overwrite replaces nothing else")
 
 
 def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:

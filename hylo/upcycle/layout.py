@@ -24,7 +24,7 @@ def parse_layout(layout: str | Sequence[str], num_layers: int) -> list[str]:
             raise HyLoError(f"the layout names {len(names)} layers; the base has {num_layers}")
         return names
     text = layout.strip()
-    if re.fullmatch(r"(\d+[A-Za-z]\w*?)+", text):
+    if text[:1].isdigit():
         return _from_counts(text, num_layers)
     return _from_indices(text, num_layers)
 
@@ -81,9 +81,7 @@ def _from_indices(text: str, num_layers: int) -> list[str]:
                 raise HyLoError(f"layout {text!r}: only one block may take the rest, both {rest} and {name} do")
             rest = name
             continue
-        for index in _indices(indices, text):
-            if index >= num_layers:
-                raise HyLoError(f"layout {text!r}: layer {index}, where the base has layers 0 to {num_layers - 1}")
+        for index in _indices(indices, text, num_layers):
             if layout[index] is not None:
                 raise HyLoError(f"layout {text!r}: layer {index} is named twice")
             layout[index] = name
@@ -96,7 +94,7 @@ def _from_indices(text: str, num_layers: int) -> list[str]:
     return [name for name in filled if name is not None]
 
 
-def _indices(text: str, layout: str) -> list[int]:
+def _indices(text: str, layout: str, num_layers: int) -> list[int]:
     indices: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
@@ -105,5 +103,7 @@ def _indices(text: str, layout: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
             raise HyLoError(f"layout {layout!r}: {item!r} runs backwards; expected ranges such as 10-14")
+        if last >= num_layers:
+            raise HyLoError(f"layout {layout!r}: layer {last}, where the base has layers 0 to {num_layers - 1}")
         indices.extend(range(first, last + 1))
     return indices

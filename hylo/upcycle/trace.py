@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a Llama-like causal language model, or of a hybrid."""
     return model.get_decoder().layers
 
@@ -48,7 +48,7 @@ def recorded(model: PreTrainedModel) -> Iterator[LayerTrace]:
         trace.inputs.append(args[0] if args else kwargs["hidden_states"])
 
     handles = []
-    for i, layer in enumerate(decoder_layers(model)):
+    for i, layer in enumerate(layers_of(model)):
         handles += [
             layer.register_forward_pre_hook(
                 lambda _, args, kwargs, index=i: before_layer(index, args, kwargs), with_kwargs=True
@@ -90,7 +90,7 @@ def enter_layers(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tens
             call["hidden_states"] = args[0]
         raise _EnteredError
 
-    handle = decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    handle = layers_of(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model.get_decoder()(**batch, use_cache=False)
     except _EnteredError:
@@ -125,7 +125,7 @@ def fed_with(model: PreTrainedModel, inputs: list[Tensor]) -> Iterator[None]:
         layer.register_forward_pre_hook(
             lambda _, args, kwargs, value=value: feed(value, args, kwargs), with_kwargs=True
         )
-        for layer, value in zip(decoder_layers(model), inputs, strict=True)
+        for layer, value in zip(layers_of(model), inputs, strict=True)
     ]
     try:
         yield

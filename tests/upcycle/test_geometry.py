@@ -5,13 +5,18 @@ from typing import Any
 import pytest
 
 from hylo.errors import HyLoError
-from hylo.upcycle.geometry import default_geometry, geometry_for
+from hylo.upcycle.geometry import geometry_for
 
 SMOLLM2 = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
 
 
+def sizes(mixer: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One mixer's sizes for SmolLM2's heads."""
+    return geometry_for([mixer], {mixer: given} if given else None, **SMOLLM2).get(mixer, {})
+
+
 def test_derived_sizes() -> None:
-    assert default_geometry("mla", **SMOLLM2) == {
+    assert sizes("mla") == {
         # An eighth of the 2 x 3 x 64 keys and values.
         "kv_lora_rank": 48,
         "qk_nope_head_dim": 32,
@@ -20,17 +25,17 @@ def test_derived_sizes() -> None:
         # The fastest half of the 32 pairs.
         "rope_pairs": list(range(16)),
     }
-    assert default_geometry("gdn", **SMOLLM2) == {"num_heads": 9, "head_k_dim": 64, "head_v_dim": 64}
-    assert default_geometry("attention", **SMOLLM2) == {}
+    assert sizes("gdn") == {"num_heads": 9, "head_k_dim": 64, "head_v_dim": 64}
+    assert sizes("attention") == {}
 
 
 def test_given_sizes_win_and_nope_follows_rope() -> None:
-    geometry = default_geometry("mla", given={"qk_rope_head_dim": 16, "kv_lora_rank": 7}, **SMOLLM2)
+    geometry = sizes("mla", {"qk_rope_head_dim": 16, "kv_lora_rank": 7})
     assert (geometry["qk_rope_head_dim"], geometry["qk_nope_head_dim"], geometry["kv_lora_rank"]) == (16, 48, 7)
 
 
 def test_only_mixers_of_the_layout() -> None:
-    assert geometry_for(["gdn", "attention", "gdn"], **SMOLLM2) == {"gdn": default_geometry("gdn", **SMOLLM2)}
+    assert geometry_for(["gdn", "attention", "gdn"], **SMOLLM2) == {"gdn": sizes("gdn")}
     with pytest.raises(HyLoError, match="'mla'"):
         geometry_for(["gdn"], {"mla": {"kv_lora_rank": 8}}, **SMOLLM2)
 
@@ -61,4 +66,4 @@ def test_only_mixers_of_the_layout() -> None:
 )
 def test_refused(mixer: str, given: dict[str, Any], named: str) -> None:
     with pytest.raises(HyLoError, match=named):
-        default_geometry(mixer, given=given, **SMOLLM2)
+        sizes(mixer, given)
