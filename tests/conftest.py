@@ -4,6 +4,9 @@ import os
 
 # Before transformers is imported: a hub id in a test must fail at once, not be looked up.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The laws are held on the CPU; tests/gpu asks for a GPU by this variable.
+if not os.environ.get("HYLO_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Before torch is: threads that spin while they wait make small products hundreds of times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -97,7 +97,6 @@ def train_stage(
     Raises:
         HyLoError: where loss or gradients stop being finite.
     """
-    teacher.requires_grad_(False).eval()
     trainer_class: type[LayerwiseTrainer] | type[DistillationTrainer]
     freeze_all_but_mixers(student)
     if not replaced_layers(student):
@@ -130,6 +129,7 @@ def train_stage(
     )
     if arguments.n_gpu > 1 or arguments.world_size > 1:
         raise HyLoError(f"{stage.name}: training runs on one device; set CUDA_VISIBLE_DEVICES to one GPU")
+    teacher.requires_grad_(False).eval().to(arguments.device)
     output.mkdir(parents=True, exist_ok=True)
     progress = StageProgress(stage, stage.tokens_per_step * data.fill, output / "metrics.jsonl")
     trainer: Trainer = trainer_class(

@@ -130,7 +130,7 @@ class GatedDeltaNet(TokenMixer):
                 inputs.transpose(1, 2), self.layer_idx, conv_kernel_size=kept
             ).transpose(1, 2)
         taps = torch.cat([conv.weight[:, 0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
-        mixed = functional.silu(causal_convolution(inputs, taps.to(inputs.dtype))[:, -length:])
+        mixed = functional.silu(causal_convolution(inputs, taps)[:, -length:])
         q, k, v = mixed.split([self.geometry.key_size, self.geometry.key_size, self.geometry.value_size], dim=-1)
         heads = (batch, length, self.geometry.num_heads, -1)
         q = functional.normalize(q.reshape(heads).to(wide), dim=-1, eps=1e-6)

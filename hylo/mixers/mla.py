@@ -140,6 +140,8 @@ class MultiHeadLatentAttention(TokenMixer):
         sizes = self.geometry
         expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.num_key_value_heads, -1)).transpose(1, 2)
         k_nope, value = expanded.split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1)
+        # A slice may start where no 16 bytes do, and bfloat16 attention kernels have read such values wrongly.
+        value = value.contiguous()
         key = torch.cat([k_nope, k_rope.expand(-1, self.num_key_value_heads, -1, -1)], dim=-1)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attention(
