@@ -115,10 +115,11 @@ def calibrate(
             for i, context in enumerate(contexts):
                 mixed, output = step_layer(teacher_layer, teacher_hidden[i], arguments[i])
                 if solved or sequential:
-                    source = student_hidden[i] if sequential else teacher_hidden[i]
-                    features.append(_features(layer, source, context))
-                if solved:
-                    regression.add(features[i][real[i]], mixed[real[i]])
+                    x = _features(layer, student_hidden[i] if sequential else teacher_hidden[i], context)
+                    if solved:
+                        regression.add(x[real[i]], mixed[real[i]])
+                    if sequential:
+                        features.append(x)
                 teacher_hidden[i] = output
             if solved:
                 projection.weight.copy_(regression.solve(ridge))
