@@ -28,7 +28,7 @@ class Bar:
     def __init__(self, description: str, total: float, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done, self.start = 0.0, time.monotonic()
-        self._last_line = self.start
+        self._last_line, self._printed = self.start, 0.0
         self._progress: Progress | None = None
         if console.is_terminal:
             self._progress = Progress(
@@ -54,7 +54,8 @@ class Bar:
     def _line(self, status: str) -> None:
         elapsed = max(time.monotonic() - self.start, 1e-9)
         rate = self.done / elapsed
-        left = (self.total - self.done) / rate if rate else 0.0
+        left = max(self.total - self.done, 0.0) / rate if rate else 0.0
+        self._printed = self.done
         console.print(
             f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate:,.0f}/s, "
             f"{elapsed:.0f} s gone, {left:.0f} s left {status}".rstrip(),
@@ -65,7 +66,7 @@ class Bar:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        elif time.monotonic() - self.start >= 2:
+        elif time.monotonic() - self.start >= 2 and self._printed < self.done:
             self._line("")
 
 
