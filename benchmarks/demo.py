@@ -37,6 +37,9 @@ def main() -> None:
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["process"]))
+    kl = [scores["kl"] for name, scores in report["scores"].items() if name != "base"]
+    if sorted(kl, reverse=True) != kl or kl[-1] > 0.4 * kl[0] or report["cache_ratio"] > 0.1:
+        sys.exit(f"KL must fall at every step and end 60 % below its start, with a tenth of the cache: {kl}")
 
 
 if __name__ == "__main__":

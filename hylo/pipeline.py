@@ -103,6 +103,10 @@ class UpcycleRun:
         return weights_digest(resolve_base(self.recipe.base))
 
     @cached_property
+    def _teacher_digest(self) -> str | None:
+        return weights_digest(resolve_base(self.recipe.teacher)) if self.recipe.teacher is not None else None
+
+    @cached_property
     def _text_digest(self) -> str:
         return text_digest(itertools.chain(*self.documents))
 
@@ -122,7 +126,8 @@ class UpcycleRun:
             steps.append(Step("calibrate", depends, self._calibrate))
         steps += training
         steps.append(Step("model", recipe.save_dtype, self._save))
-        steps.append(Step("evaluate", [recipe.evaluation.model_dump(), data, str(self.dtype)], self._evaluate))
+        depends = [recipe.evaluation.model_dump(), data, self._teacher_digest, recipe.seed, str(self.dtype)]
+        steps.append(Step("evaluate", depends, self._evaluate))
         steps.append(Step("report", None, self._report))
         return steps
 
@@ -173,7 +178,7 @@ class UpcycleRun:
 
     def _stage_step(self, index: int, stage: StageSection) -> Step:
         recipe = self.recipe
-        depends = [stage.model_dump(), recipe.teacher, self._text_digest, recipe.seed, str(self.dtype)]
+        depends = [stage.model_dump(), self._teacher_digest, self._text_digest, recipe.seed, str(self.dtype)]
         # Calibration has the recipe's seed; each stage its own, and so other windows of the text.
         return Step(stage.name, depends, lambda folder: self._stage(stage, folder, recipe.seed + 1 + index))
 
@@ -307,8 +312,9 @@ class UpcycleRun:
         if self.output.exists() and not self.output.is_dir():
             raise HyLoError(f"{self.output} is a file; expected a folder for the run")
         if self.output.is_dir() and not (self.output / _RUN_FILE).is_file():
-            # A first run that stopped early may have left a dequantised model.
-            foreign = sorted(entry.name for entry in self.output.iterdir() if entry.name not in ("base", "teacher"))
+            # A first run that stopped early may have left a dequantised model, or part of one.
+            names = sorted(entry.name for entry in self.output.iterdir())
+            foreign = [name for name in names if name not in ("base", "teacher") and ".partial-" not in name]
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
 

@@ -202,6 +202,8 @@ def make_windows(
     limit = None if limit_tokens is None else max(1, limit_tokens // length)
     start = _first_ids(tokenizer)
     piece_length = length - len(start)
+    if piece_length < 1:
+        raise HyLoError(f"a window of {length} tokens; expected more than the {len(start)} that start every text")
     windows: list[list[int]] = []
     used: set[int] = set()
     cut: dict[int, list[list[int]]] = {}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hylo.errors import HyLoError
 from hylo.modeling import HyLoDecoderLayer, HyLoForCausalLM, MixingContext
 from hylo.precision import autocast, default_device
 from hylo.progress import bar
@@ -41,8 +42,13 @@ class RidgeRegression:
         self._cross = cross if self._cross is None else self._cross + cross
 
     def solve(self, penalty: float) -> Tensor:
-        """W `[D, F]`, float64; the penalty is relative to the mean square of the features."""
+        """W `[D, F]`, float64; the penalty is relative to the mean square of the features.
+
+        Raises HyLoError where features or targets are not finite, or all features are zero.
+        """
         assert self._gram is not None and self._cross is not None
+        if not torch.isfinite(self._gram).all() or not torch.isfinite(self._cross).all() or not self._gram.any():
+            raise HyLoError("calibration: a layer's values are not finite or all zero; are the base's weights sound?")
         size = self._gram.shape[0]
         ridge = penalty * self._gram.diagonal().mean() * torch.eye(size, dtype=torch.float64, device=self._gram.device)
         return torch.linalg.solve(self._gram + ridge, self._cross).T

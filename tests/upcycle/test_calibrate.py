@@ -9,7 +9,7 @@ from tiny import random_ids
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hylo import HyLoForCausalLM
+from hylo import HyLoError, HyLoForCausalLM
 from hylo.upcycle.bases import load_model
 from hylo.upcycle.calibrate import RidgeRegression, calibrate
 from hylo.upcycle.trace import mixer_of, trace_layers
@@ -159,3 +159,11 @@ def test_bfloat16_products_give_nearly_the_same_weights(mixed_folder: Any, teach
         weights.append([layer.mixer.o_proj.weight for layer in student.model.layers])
     for expected, low in zip(*weights, strict=True):
         assert (low - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_values_that_cannot_be_regressed_on_are_refused(value: float) -> None:
+    regression = RidgeRegression()
+    regression.add(torch.full((8, 3), value), torch.randn(8, 2))
+    with pytest.raises(HyLoError, match="not finite or all zero"):
+        regression.solve(1e-3)
