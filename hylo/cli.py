@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from hylo.errors import HyLoError
+from hylo.commands import interop, plan
+from hylo.commands.common import GEOMETRY_HELP, LAYOUT_HELP, DtypeName, out
+from hylo.errors import HyLoError, HyLoWarning
 
 app = typer.Typer(
     name="hylo",
@@ -22,8 +24,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Turns a pretrained Transformer into a long-context hybrid (MLA + linear layers) by distillation.",
 )
-# A log has no width: tables are printed whole there.
-out = Console(width=None if sys.stdout.isatty() else 160)
+
+
+class KernelsName(StrEnum):
+    """What computes the linear mixers."""
+
+    auto = "auto"
+    fla = "fla"
+    reference = "reference"
 
 
 class PrecisionName(StrEnum):
@@ -32,14 +40,6 @@ class PrecisionName(StrEnum):
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-class DtypeName(StrEnum):
-    """What weights are stored in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _print_version(asked: bool) -> None:
@@ -55,14 +55,19 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    kernels: Annotated[
+        KernelsName | None,
+        typer.Option(help="Of the linear mixers: fla on a GPU, or plain torch (also HYLO_KERNELS). [default: auto]"),
+    ] = None,
 ) -> None:
     """What holds for every command."""
+    if kernels is not None:
+        from hylo.ops.kernels import set_kernels
+
+        set_kernels(kernels.value)
 
 
 BASE_HELP = "A model folder, a hub id, a .gguf file, or package:NAME for a GGUF that an installed package carries."
-LAYOUT_HELP = (
-    "Which mixer each layer gets: 8MLA22GDN spreads evenly; 'MLA:1,5,10-12 GDN' lists layers, GDN takes the rest."
-)
 
 
 @app.command()
@@ -132,7 +137,7 @@ def convert(
     layout: Annotated[str, typer.Option("--layout", "-l", help=LAYOUT_HELP)] = ...,  # type: ignore[assignment]
     geometry: Annotated[
         list[str] | None,
-        typer.Option("--geometry", "-g", help="A mixer size, such as mla.kv_lora_rank=96. May be repeated."),
+        typer.Option("--geometry", "-g", help=GEOMETRY_HELP),
     ] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Of the weights; the base's by default.")] = None,
     calibration_text: Annotated[
@@ -158,6 +163,7 @@ def convert(
     from hylo.upcycle.bases import Base, model_folder, resolve_base
     from hylo.upcycle.convert import check_output, plan_conversion, plan_json, plan_table
     from hylo.upcycle.convert import convert as execute
+    from hylo.upcycle.geometry import parse_geometry
 
     if output is None and not dry_run:
         raise HyLoError("convert needs an OUTPUT folder, or --dry-run")
@@ -170,7 +176,7 @@ def convert(
             plan = plan_conversion(
                 opened,
                 layout,
-                _parse_geometry(geometry or []),
+                parse_geometry(geometry or []),
                 dtype=dtype.value if dtype else None,
                 solve_output=bool(calibration_text),
                 source_name=base,
@@ -218,22 +224,6 @@ def _convert_calibrated(
         calibrate_checkpoint(
             converted, base.folder, windows, work, dtype=resolve_precision("auto"), save_dtype=plan.dtype
         )
-
-
-def _parse_geometry(settings: list[str]) -> dict[str, dict[str, Any]]:
-    """`mla.kv_lora_rank=96` to {"mla": {"kv_lora_rank": 96}}. Raises HyLoError on any other form."""
-    geometry: dict[str, dict[str, Any]] = {}
-    for setting in settings:
-        path, equals, value = setting.partition("=")
-        mixer, dot, size = path.partition(".")
-        try:
-            number = json.loads(value)
-        except json.JSONDecodeError:
-            number = None
-        if not (equals and dot and size) or number is None:
-            raise HyLoError(f"--geometry {setting!r}; expected MIXER.SIZE=NUMBER such as mla.kv_lora_rank=96")
-        geometry.setdefault(mixer, {})[size] = number
-    return geometry
 
 
 @app.command(name="eval")
@@ -297,6 +287,10 @@ def generate(
     )
 
 
+plan.register(app)
+interop.register(app)
+
+
 def _quietly() -> None:
     """Leaves the terminal to this program's own bars and lines."""
     import warnings
@@ -306,12 +300,19 @@ def _quietly() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=HyLoWarning)
+    warnings.showwarning = lambda message, *_, **__: _say(message, "yellow")
+
+
+def _say(message: object, style: str) -> None:
+    """One line on standard error."""
+    line = f"hylo: {' '.join(str(message).split())}"
+    Console(stderr=True).print(line, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
 def _fail(error: object, code: int) -> NoReturn:
-    """One line on standard error."""
-    line = f"hylo: {' '.join(str(error).split())}"
-    Console(stderr=True).print(line, style="red", highlight=False, soft_wrap=True, markup=False)
+    """Says what is wrong, and ends."""
+    _say(error, "red")
     raise SystemExit(code) from None
 
 

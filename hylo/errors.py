@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""What a user is meant to read: the one error, and the one warning."""
 
 
 class HyLoError(ValueError):
@@ -6,3 +6,7 @@ class HyLoError(ValueError):
 
     The command line prints the message and exits with 1. Anything else that escapes is a bug and keeps its traceback.
     """
+
+
+class HyLoWarning(UserWarning):
+    """Something that works, but not as it should: says what to do about it."""

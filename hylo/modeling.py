@@ -7,17 +7,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hylo.cache import LinearCache, make_cache
+from hylo.cache import HyLoCache, make_cache
 from hylo.config import HyLoConfig
 from hylo.mixers import TokenMixer, mixer_class
 from hylo.mixers.rotary import RotaryEmbedding
+from hylo.ops.packing import document_offsets
 
 
 class HyLoDecoderLayer(GradientCheckpointingLayer):
@@ -74,16 +75,19 @@ class HyLoPreTrainedModel(PreTrainedModel):
 
 @dataclass(frozen=True)
 class MixingContext:
-    """What the layers of one call share: masks by layer type, cos and sin by mixer."""
+    """What the layers of one call share: masks by layer type, cos and sin by mixer, and the offsets of documents."""
 
+    layer_types: list[str]
     masks: dict[str, Tensor | None]
     positions: dict[str, tuple[Tensor, Tensor]]
+    cu_seqlens: Tensor | None = None
 
     def arguments(self, mixer: TokenMixer) -> dict[str, Any]:
         """The keyword arguments for one mixer (or the layer that holds it)."""
         return {
             "position_embeddings": self.positions.get(mixer.name),
-            "attention_mask": self.masks[mixer.layer_type],
+            "attention_mask": self.masks[self.layer_types[mixer.layer_idx]],
+            "cu_seqlens": self.cu_seqlens,
         }
 
 
@@ -112,6 +116,7 @@ class HyLoModel(HyLoPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> MixingContext:
         """Masks and rotary angles for one call, each made once for all layers of a mixer.
 
@@ -119,27 +124,47 @@ class HyLoModel(HyLoPreTrainedModel):
             inputs_embeds: `[B, T, D]`, for its shape, dtype and device.
             attention_mask: `[B, S]` over cached and new tokens, zero where padding; or None.
             position_ids: `[B or 1, T]`; the positions after the cached tokens by default.
+            cu_seqlens: `[N + 1]` offsets of documents packed into one row; position_ids then begin anew in each.
         """
+        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        layer_types = self.config.layer_types
+        attends = {"full_attention", "sliding_attention"} & set(layer_types)
         # A cache of linear layers alone has no length, and such a model needs neither positions nor a causal mask.
-        attends = "full_attention" in self.config.layer_types
+        seen = past_key_values.get_seq_length() if past_key_values is not None and attends else 0
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None and attends else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        causal = None
-        if attends:
-            causal = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
+            position_ids = (torch.arange(length, device=device) + seen)[None]
+            if cu_seqlens is not None:
+                begins = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=length)
+                position_ids = position_ids - begins
+        if attention_mask is not None and attention_mask.dim() == 2 and bool(attention_mask.all()):
+            attention_mask = None
+        masks: dict[str, Tensor | None] = {
+            "full_attention": None,
+            "sliding_attention": None,
+            "linear_attention": None,
+        }
+        if attention_mask is not None and attention_mask.dim() == 2:
+            new = attention_mask[:, -length:]
+            masks["linear_attention"] = None if bool(new.all()) else new
+        # A mask over a long past is large: it is made where it says more than that the past is seen.
+        sdpa = self.config._attn_implementation == "sdpa"
+        continued = seen > 0 and length > 1 and torch.is_grad_enabled()
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        if cu_seqlens is None and "full_attention" in attends and (attention_mask is not None or continued or not sdpa):
+            masks["full_attention"] = create_causal_mask(**arguments)
+        if cu_seqlens is None and "sliding_attention" in attends:
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
         return MixingContext(
-            masks={
-                "full_attention": causal,
-                "linear_attention": _padding_mask(attention_mask, inputs_embeds.shape[1]),
-            },
+            layer_types=layer_types,
+            masks=masks,
             positions={name: rotary(inputs_embeds, position_ids) for name, rotary in self.rotary_embeddings.items()},
+            cu_seqlens=cu_seqlens,
         )
 
     @merge_with_config_defaults
@@ -152,32 +177,59 @@ class HyLoModel(HyLoPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """As any transformers decoder's, packed documents included.
+
+        Args:
+            cu_seqlens: `[N + 1]` int32, from 0 to B * T: where each document begins in the rows laid end to end. No
+                document sees another, whatever the mixer. Found from `position_ids` that begin anew within a row,
+                where there is neither a cache nor a mask.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        shape = inputs_embeds.shape
+        if cu_seqlens is None and position_ids is not None and attention_mask is None and past_key_values is None:
+            offsets = document_offsets(position_ids.expand(shape[:2]))
+            cu_seqlens = offsets if len(offsets) > shape[0] + 1 else None
+        if cu_seqlens is not None:
+            _check_packed(cu_seqlens, shape, attention_mask, past_key_values)
+            use_cache = False
+            inputs_embeds = inputs_embeds.reshape(1, -1, shape[-1])
+            if position_ids is not None:
+                position_ids = cast(torch.LongTensor, position_ids.expand(shape[:2]).reshape(1, -1))
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
 
-        context = self.mixing_context(inputs_embeds, attention_mask, position_ids, past_key_values)
+        context = self.mixing_context(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seqlens)
         hidden_states = inputs_embeds
         for layer in self.decoder_layers:
             hidden_states = layer(
                 hidden_states, **context.arguments(layer.mixer), past_key_values=past_key_values, **kwargs
             )
-        if isinstance(past_key_values, LinearCache):
-            past_key_values.seen += inputs_embeds.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        if isinstance(past_key_values, HyLoCache):
+            past_key_values.seen += shape[1]
+        hidden_states = self.norm(hidden_states).view(shape)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
-def _padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The `[B, T]` mask of this call's tokens, or None where all are real."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    mask = attention_mask[:, -length:]
-    return None if length == 1 or bool(mask.all()) else mask
+def _check_packed(
+    cu_seqlens: Tensor, shape: torch.Size, attention_mask: Tensor | None, past_key_values: Cache | None
+) -> None:
+    """Raises ValueError where offsets do not fit the batch `[B, T, D]`."""
+    if attention_mask is not None or past_key_values is not None:
+        raise ValueError("packed documents (cu_seqlens) take neither attention_mask nor past_key_values")
+    tokens = shape[0] * shape[1]
+    rises = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and bool((cu_seqlens.diff() >= 0).all())
+    if not rises or cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
+        raise ValueError(f"cu_seqlens: expected offsets that rise from 0 to {tokens}, the tokens of the batch")
+
+
+# Tokens of a prompt that pass the model at a time, so that memory stays flat however long the prompt is.
+PREFILL_CHUNK = 8192
 
 
 class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
@@ -192,13 +244,28 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, which makes the right cache wherever a layer attends."""
-        if "full_attention" not in self.config.layer_types and kwargs.get(
-            "use_cache", self.generation_config.use_cache
-        ):
-            kwargs.setdefault("past_key_values", make_cache(self.config))
-        return super().generate(*args, **kwargs)
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As transformers' own, with a cache that has room for all new tokens, and prompts longer than
+        `prefill_chunk_size` (8,192 by default; None for the whole prompt at once) read in chunks."""
+        input_ids: Tensor | None = inputs if inputs is not None else kwargs.get("input_ids")
+        settings = generation_config if generation_config is not None else self.generation_config
+
+        def setting(name: str) -> Any:
+            return kwargs[name] if name in kwargs else getattr(settings, name, None)
+
+        own_cache = (
+            setting("use_cache") is not False
+            and setting("cache_implementation") is None
+            and kwargs.get("past_key_values") is None
+        )
+        if own_cache and input_ids is not None:
+            length = input_ids.shape[1]
+            new_tokens = setting("max_new_tokens") or max(0, (setting("max_length") or 0) - length)
+            # The last new token is not read again.
+            kwargs["past_key_values"] = make_cache(self.config, reserve=length + max(0, new_tokens - 1))
+            if setting("prefill_chunk_size") is None and "prefill_chunk_size" not in kwargs and length > PREFILL_CHUNK:
+                kwargs["prefill_chunk_size"] = PREFILL_CHUNK
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -210,6 +277,7 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -220,6 +288,7 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

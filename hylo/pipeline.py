@@ -98,6 +98,10 @@ class UpcycleRun:
         held_out = hold_out(training, data.holdout) if data.eval is None else read_documents(data.eval)
         return without_overlap(training, held_out), held_out
 
+    @property
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        return self.recipe.rope_scaling.model_dump() if self.recipe.rope_scaling else None
+
     @cached_property
     def _base_digest(self) -> str:
         return weights_digest(resolve_base(self.recipe.base))
@@ -120,7 +124,9 @@ class UpcycleRun:
         recipe = self.recipe
         training = [self._stage_step(i, stage) for i, stage in enumerate(recipe.stages)]
         data = [recipe.data.model_dump(), self._text_digest]
-        steps = [Step("convert", [self._base_digest, recipe.layout, recipe.geometry], self._convert)]
+        steps = [
+            Step("convert", [self._base_digest, recipe.layout, recipe.geometry, self._rope_scaling], self._convert)
+        ]
         if recipe.calibration is not None:
             depends = [recipe.calibration.model_dump(), data, recipe.seed, str(self.dtype)]
             steps.append(Step("calibrate", depends, self._calibrate))
@@ -154,6 +160,7 @@ class UpcycleRun:
                 dtype="float32",
                 solve_output=self.recipe.calibration is not None,
                 source_name=self.recipe.base,
+                rope_scaling=self._rope_scaling,
             )
             write_checkpoint(plan, base, folder)
         return {"parameters": plan.parameters}
@@ -258,7 +265,7 @@ class UpcycleRun:
         if self.recipe.teacher is not None:
             resolve_base(self.recipe.teacher)
         with Base.open(self.base_folder) as base:
-            plan_conversion(base, self.recipe.layout, self.recipe.geometry)
+            plan_conversion(base, self.recipe.layout, self.recipe.geometry, rope_scaling=self._rope_scaling)
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
             with Base.open(self.base_folder) as base:

@@ -87,7 +87,7 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     "geometry of no mixer": ("convert base out -l 2MLA2GDN -g kv_lora_rank=8", "mla.kv_lora_rank=96"),
     "geometry that does not fit": ("convert base out -l 2MLA2GDN -g mla.kv_lora_rank=99", "kv_lora_rank is 99"),
     "unknown size": ("convert base out -l 2MLA2GDN -g mla.rank=8", "'rank'"),
-    "bad dry run": ("convert base --dry-run -l 2MLA2GDN -g gdn.num_heads=3", "3 heads"),
+    "bad dry run": ("convert base --dry-run -l 2MLA2GDN -g gdn.num_heads=0", "num_heads is 0"),
     "no output": ("convert base -l 2MLA2GDN", "OUTPUT"),
     "existing output": ("convert base exists -l 2MLA2GDN", "already exists"),
     "missing calibration text": ("convert base out -l 2MLA2GDN --calibrate nowhere.txt", "nowhere.txt"),

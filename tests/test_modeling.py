@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import hybrid_config, random_hybrid, random_ids
+from tiny import HYBRIDS, hybrid_config, random_hybrid, random_ids
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -13,16 +13,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import hylo
 from hylo import HyLoConfig, HyLoError, HyLoForCausalLM
 
-# Mixers a layer, and MLA sizes that differ from the default.
-MODELS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "attention": (["attention", "attention"], {}),
-    "mla": (["mla", "mla"], {}),
-    "mla_low_rank_query": (["mla", "mla"], {"q_lora_rank": 12}),
-    "mla_rope_pairs": (["mla", "mla"], {"rope_pairs": [0, 3]}),
-    "mla_all_rotary": (["mla", "mla"], {"qk_nope_head_dim": 0, "qk_rope_head_dim": 8}),
-    "gdn": (["gdn", "gdn"], {}),
-    "mix": (["gdn", "mla", "attention", "gdn"], {"rope_pairs": [1, 2]}),
-}
 SPLITS = {
     12: [[12], [1] * 12, [1, 11], [5, 1, 1, 5], [2, 1, 2, 7], [3, 3, 3, 3], [11, 1]],
     # Across the chunks of the gated delta rule.
@@ -30,10 +20,9 @@ SPLITS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=HYBRIDS)
 def model(request: pytest.FixtureRequest) -> HyLoForCausalLM:
-    mixers, mla = MODELS[request.param]
-    return random_hybrid(mixers, mla)
+    return random_hybrid(**HYBRIDS[request.param])
 
 
 def in_pieces(model: HyLoForCausalLM, ids: Tensor, pieces: list[int]) -> Tensor:
@@ -177,20 +166,21 @@ def test_bfloat16_stays_near_float32(model: HyLoForCausalLM) -> None:
 
 
 @torch.no_grad()
-def test_eager_and_sdpa_agree() -> None:
-    """Through either attention implementation of transformers, with padding."""
-    model = random_hybrid(["mla", "attention", "gdn"])
+def test_eager_and_sdpa_agree(model: HyLoForCausalLM) -> None:
+    """Through either attention implementation of transformers: with padding, with packed documents, and decoding."""
     ids, mask = random_ids(2, 10), torch.ones(2, 10, dtype=torch.long)
     mask[0, :4] = 0
     logits = {}
     for name in ("sdpa", "eager"):
         model.set_attn_implementation(name)
-        logits[name] = model(ids, attention_mask=mask).logits[mask.bool()]
+        padded = model(ids, attention_mask=mask).logits[mask.bool()]
+        packed = model(ids, cu_seqlens=torch.tensor([0, 3, 15, 20])).logits
+        logits[name] = [padded, packed, in_pieces(model, ids, [6, 3, 1])]
     torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=0, atol=1e-4)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    model = random_hybrid(MODELS["mix"][0]).train()
+    model = random_hybrid(**HYBRIDS["mix_of_all"]).train()
     ids = random_ids(2, 9)
     gradients = []
     for checkpointing in (False, True):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hylo import HyLoConfig, HyLoForCausalLM
 from hylo.text import Windows
@@ -34,6 +34,34 @@ MIXED_LAYOUT = "GDN:0,2 MLA:1 ATT"
 GEOMETRY: dict[str, dict[str, Any]] = {
     "mla": {"kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
     "gdn": {"num_heads": 4, "head_k_dim": 8, "head_v_dim": 8},
+    "mamba2": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+    "kda": {"num_heads": 4, "head_k_dim": 8, "head_v_dim": 8, "gate_rank": 3},
+}
+# What `random_hybrid` takes: every mixer alone, with all that a base may add to it, and mixes.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "attention": {"token_mixers": ["attention"] * 2},
+    "attention_bias": {"token_mixers": ["attention"] * 2, "attention_bias": True},
+    "attention_qk_norm": {"token_mixers": ["attention"] * 2, "qk_norm": True},
+    "attention_window": {"token_mixers": ["attention"] * 2, "sliding_window": 4, "sliding_layers": [1]},
+    "mla": {"token_mixers": ["mla"] * 2},
+    "mla_low_rank_query": {"token_mixers": ["mla"] * 2, "mla": {"q_lora_rank": 12}, "attention_bias": True},
+    "mla_rope_pairs": {"token_mixers": ["mla"] * 2, "mla": {"rope_pairs": [0, 3]}},
+    "mla_all_rotary": {"token_mixers": ["mla"] * 2, "mla": {"qk_nope_head_dim": 0, "qk_rope_head_dim": 8}},
+    "mla_query_norm": {"token_mixers": ["mla"] * 2, "qk_norm": True},
+    "mla_key_norm": {"token_mixers": ["mla"] * 2, "mla": {"key_norm": True}, "qk_norm": True},
+    "gdn": {"token_mixers": ["gdn"] * 2},
+    "gdn_bias": {"token_mixers": ["gdn"] * 2, "attention_bias": True},
+    "mamba2": {"token_mixers": ["mamba2"] * 2},
+    "mamba2_bias": {"token_mixers": ["mamba2"] * 2, "attention_bias": True},
+    "kda": {"token_mixers": ["kda"] * 2},
+    "kda_bias": {"token_mixers": ["kda"] * 2, "attention_bias": True},
+    "mix": {"token_mixers": ["gdn", "mla", "attention", "gdn"], "mla": {"rope_pairs": [1, 2]}},
+    "mix_of_all": {
+        "token_mixers": ["kda", "attention", "mamba2", "mla", "attention", "gdn"],
+        "attention_bias": True,
+        "sliding_window": 4,
+        "sliding_layers": [1],
+    },
 }
 
 _generator = random.Random(7)
@@ -68,10 +96,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def write_base(folder: Path, *, seed: int = 0, tokenizer: bool = True, **sizes: Any) -> Path:
-    """A random Llama as transformers saves it. Norm weights differ from one, so that a norm left out shows."""
+def write_base(folder: Path, *, family: str = "llama", seed: int = 0, tokenizer: bool = True, **sizes: Any) -> Path:
+    """A random base as transformers saves it. Norm weights differ from one, so that a norm left out shows."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes))
+    values = SIZES | sizes
+    if family != "llama" and "head_dim" not in sizes:
+        # Not every family's config has it.
+        del values["head_dim"]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -92,7 +124,7 @@ def convert_base(
 
 
 def hybrid_config(token_mixers: list[str], mla: dict[str, Any] | None = None, **sizes: Any) -> HyLoConfig:
-    geometry = {name: GEOMETRY[name] for name in set(token_mixers) & set(GEOMETRY)}
+    geometry = sizes.pop("mixer_geometry", None) or {name: GEOMETRY[name] for name in set(token_mixers) & set(GEOMETRY)}
     if "mla" in geometry:
         geometry["mla"] = geometry["mla"] | (mla or {})
     values = SIZES | {"num_hidden_layers": len(token_mixers)} | sizes
@@ -107,6 +139,8 @@ def random_hybrid(token_mixers: list[str], mla: dict[str, Any] | None = None, **
         for name, parameter in model.named_parameters():
             if name.endswith(("dt_bias", "A_log")):
                 parameter.copy_(torch.randn_like(parameter) - 1)
+            elif name.endswith((".D", ".bias")):
+                parameter.copy_(0.5 * torch.randn_like(parameter))
             elif "norm" in name:
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
             elif "conv1d" in name:

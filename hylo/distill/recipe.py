@@ -17,6 +17,12 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _not_other_text(value: Any) -> Any:
+    if isinstance(value, str) and value != "paper":
+        raise ValueError(f"{value!r}; expected 'paper' or sizes by mixer")
+    return value
+
+
 Positive = Annotated[int, Field(gt=0)]
 # Not strict: YAML reads 1e-3 as text.
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False), BeforeValidator(_not_bool)]
@@ -58,6 +64,18 @@ class CalibrationSection(_Section):
     batch_size: Positive = 4
     ridge: Number = Field(default=1e-3, gt=0)
     sequential: bool = True
+
+
+class RopeScalingSection(_Section):
+    """YaRN (arXiv 2309.00071): rotary frequencies interpolated for more positions than the base was trained on.
+
+    Attributes:
+        factor: by how much the length grows.
+        original_max_position_embeddings: the length that grows, in tokens.
+    """
+
+    factor: Number = Field(gt=1)
+    original_max_position_embeddings: Positive
 
 
 class StageSection(_Section):
@@ -140,7 +158,9 @@ class Recipe(_Section):
         base: a model folder, a hub id, a GGUF file, or package:NAME.
         teacher: of the `kl` stages; the base by default. Stage 1 and calibration always use the base.
         layout: 8MLA22GDN, `MLA:1,5,9 GDN`, or a list with one mixer name a layer.
-        geometry: mixer sizes that differ from those derived from the base, by mixer name.
+        geometry: mixer sizes that differ from those derived from the base, by mixer name; or `paper`, the published
+            sizes for a base that has some.
+        rope_scaling: YaRN, in place of the base's own scaling; the base's own by default.
         data, calibration, stages, evaluation: see their sections; without calibration that step is left out.
         seed: fixes the order of the text and everything random.
         precision: what matrix products are computed in; weights are kept in float32 while training.
@@ -150,7 +170,10 @@ class Recipe(_Section):
     base: str
     teacher: str | None = None
     layout: str | list[str]
-    geometry: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    geometry: Annotated[dict[str, dict[str, Any]] | Literal["paper"], BeforeValidator(_not_other_text)] = Field(
+        default_factory=dict
+    )
+    rope_scaling: RopeScalingSection | None = None
     data: DataSection
     calibration: CalibrationSection | None = None
     stages: list[StageSection] = Field(default_factory=list)
@@ -199,7 +222,7 @@ def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
 def _describe(error: Any) -> str:
     """One line for one pydantic error: where, what, and what was expected."""
     # Where a value may be of several types, pydantic adds the type that it tried: not a key.
-    keys = [part for part in error["loc"] if part not in ("str", "list[str]", "constrained-float")]
+    keys = [part for part in error["loc"] if part not in _TYPE_TAGS]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in keys).lstrip(".")
     if error["type"] == "extra_forbidden":
         *parents, _ = error["loc"]
@@ -216,8 +239,10 @@ def _describe(error: Any) -> str:
     return f"{place}: {error['input']!r}; {message[0].lower()}{message[1:]}"
 
 
+_TYPE_TAGS = ("str", "list[str]", "constrained-float", "dict[str,dict[str,any]]", "literal['paper']")
 _SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataSection,
+    "rope_scaling": RopeScalingSection,
     "calibration": CalibrationSection,
     "stages": StageSection,
     "evaluation": EvaluationSection,

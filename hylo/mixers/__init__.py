@@ -4,10 +4,12 @@ from hylo.errors import HyLoError
 from hylo.mixers.attention import Attention
 from hylo.mixers.base import Geometry, TokenMixer
 from hylo.mixers.gated_deltanet import GatedDeltaNet
+from hylo.mixers.kda import KimiDeltaAttention
+from hylo.mixers.mamba2 import Mamba2
 from hylo.mixers.mla import MultiHeadLatentAttention
 
 MIXERS: dict[str, type[TokenMixer]] = {
-    mixer.name: mixer for mixer in (Attention, MultiHeadLatentAttention, GatedDeltaNet)
+    mixer.name: mixer for mixer in (Attention, MultiHeadLatentAttention, GatedDeltaNet, Mamba2, KimiDeltaAttention)
 }
 
 

@@ -62,6 +62,7 @@ class TokenMixer(nn.Module, ABC):
         position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`.
@@ -71,6 +72,7 @@ class TokenMixer(nn.Module, ABC):
             attention_mask: what `layer_type` calls for: the causal mask for full attention, else `[B, T]` with zeros
                 where a token is padding, or None.
             past_key_values: the cache to read and to extend.
+            cu_seqlens: `[N + 1]` offsets of documents packed into one row, none of which sees another.
         """
 
     @property

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Cache
 from transformers import initialization as init
 
 from hylo.errors import HyLoError
-from hylo.mixers.base import Geometry, TokenMixer, is_whole
-from hylo.ops.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from hylo.ops.short_convolution import causal_convolution
+from hylo.mixers.base import Geometry, is_whole
+from hylo.mixers.linear import LinearMixer, depthwise, without_padding
+from hylo.ops.gated_delta_rule import gated_delta_net
+from hylo.ops.gated_norm import Activation, norm_then_gate
 
 if TYPE_CHECKING:
     from hylo.config import HyLoConfig
@@ -52,20 +52,18 @@ class GDNGeometry(Geometry):
 
 
 class GatedNorm(nn.Module):
-    """RMSNorm(x) * SiLU(gate) over the last dim."""
+    """RMSNorm(x) * activation(gate) over the last dim."""
 
-    def __init__(self, size: int, eps: float = 1e-5) -> None:
+    def __init__(self, size: int, eps: float = 1e-5, activation: Activation = "silu") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.activation = eps, activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight * functional.silu(gate.to(wide.dtype))).to(x.dtype)
+        return norm_then_gate(x, gate, self.weight, self.eps, self.activation)
 
 
-class GatedDeltaNet(TokenMixer):
+class GatedDeltaNet(LinearMixer):
     """y = W_o (RMSNorm(o) * SiLU(W_g x)), o from the gated delta rule over convolved q, k and v.
 
     q and k pass SiLU and an L2 norm, v passes SiLU; beta = sigmoid(W_b x), g = -exp(A_log) softplus(W_a x + dt_bias).
@@ -74,7 +72,6 @@ class GatedDeltaNet(TokenMixer):
 
     name = "gdn"
     block = "GDN"
-    layer_type = "linear_attention"
     geometry_class = GDNGeometry
 
     def __init__(self, config: "HyLoConfig", layer_idx: int) -> None:
@@ -84,26 +81,22 @@ class GatedDeltaNet(TokenMixer):
         assert isinstance(geometry, GDNGeometry)
         self.geometry = geometry
         hidden, heads = config.hidden_size, geometry.num_heads
-        self.q_proj = nn.Linear(hidden, geometry.key_size, bias=False)
+        self.q_proj = nn.Linear(hidden, geometry.key_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(hidden, geometry.key_size, bias=False)
         self.v_proj = nn.Linear(hidden, geometry.value_size, bias=False)
         self.g_proj = nn.Linear(hidden, geometry.value_size, bias=False)
         self.a_proj = nn.Linear(hidden, heads, bias=False)
         self.b_proj = nn.Linear(hidden, heads, bias=False)
-        self.q_conv1d = _convolution(geometry.key_size, geometry.conv_size)
-        self.k_conv1d = _convolution(geometry.key_size, geometry.conv_size)
-        self.v_conv1d = _convolution(geometry.value_size, geometry.conv_size)
+        self.q_conv1d = depthwise(geometry.key_size, geometry.conv_size)
+        self.k_conv1d = depthwise(geometry.key_size, geometry.conv_size)
+        self.v_conv1d = depthwise(geometry.value_size, geometry.conv_size)
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.o_norm = GatedNorm(geometry.head_v_dim)
-        self.o_proj = nn.Linear(geometry.value_size, hidden, bias=False)
+        self.o_proj = nn.Linear(geometry.value_size, hidden, bias=config.mixer_output_bias)
 
     def reset_parameters(self) -> None:
-        """Decays as in Mamba-2: A uniform in [1, 16], step sizes log-uniform in [0.001, 0.1]."""
-        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())
-        step = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
-        # The inverse of softplus.
-        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))
+        start_decays(self.A_log, self.dt_bias)
 
     def forward(
         self,
@@ -111,39 +104,32 @@ class GatedDeltaNet(TokenMixer):
         position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        batch, length, _ = hidden_states.shape
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        if attention_mask is not None:
-            # A padding token that is zero writes nothing to the convolution or to the state.
-            hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
-        inputs = torch.cat([proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        state = None
-        if past_key_values is not None:
-            cached = past_key_values.layers[self.layer_idx]
-            # Read before the convolution's update, which marks the layer as having seen tokens.
-            state = cached.recurrent_states[0] if cached.has_previous_state[0] else None
-            # Returns the past inputs with the new ones, and keeps the last conv_size - 1.
-            kept = self.geometry.conv_size - 1
-            inputs = past_key_values.update_conv_state(
-                inputs.transpose(1, 2), self.layer_idx, conv_kernel_size=kept
-            ).transpose(1, 2)
+        sizes = self.geometry
+        x = without_padding(hidden_states, attention_mask)
+        inputs = torch.cat([proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        if attention_mask is not None and self.q_proj.bias is not None:
+            inputs = without_padding(inputs, attention_mask)
         taps = torch.cat([conv.weight[:, 0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
-        mixed = functional.silu(causal_convolution(inputs, taps)[:, -length:])
-        q, k, v = mixed.split([self.geometry.key_size, self.geometry.key_size, self.geometry.value_size], dim=-1)
-        heads = (batch, length, self.geometry.num_heads, -1)
-        q = functional.normalize(q.reshape(heads).to(wide), dim=-1, eps=1e-6)
-        k = functional.normalize(k.reshape(heads).to(wide), dim=-1, eps=1e-6)
-        g = -self.A_log.to(wide).exp() * functional.softplus(self.a_proj(hidden_states).to(wide) + self.dt_bias)
-        beta = self.b_proj(hidden_states).to(wide).sigmoid()
-
-        rule = recurrent_gated_delta_rule if length == 1 else chunk_gated_delta_rule
-        output, state = rule(q, k, v.reshape(heads), g, beta, state=state)
-        if past_key_values is not None:
-            past_key_values.update_recurrent_state(state, self.layer_idx)
-        output = self.o_norm(output, self.g_proj(hidden_states).view(heads))
-        return self.o_proj(output.reshape(batch, length, -1))
+        mixed, state = self._convolve(inputs, taps, None, past_key_values, cu_seqlens)
+        q, k, v = mixed.split([sizes.key_size, sizes.key_size, sizes.value_size], dim=-1)
+        output, state = gated_delta_net(
+            q.unflatten(-1, (sizes.num_heads, -1)),
+            k.unflatten(-1, (sizes.num_heads, -1)),
+            v.unflatten(-1, (sizes.num_heads, -1)),
+            self.a_proj(x),
+            self.b_proj(x),
+            self.A_log,
+            self.dt_bias,
+            state=state,
+            return_state=past_key_values is not None,
+            cu_seqlens=cu_seqlens,
+        )
+        self._keep(state, past_key_values)
+        output = self.o_norm(output, self.g_proj(x).unflatten(-1, (sizes.num_heads, -1)))
+        return self.o_proj(output.flatten(2))
 
     @property
     def output_projection(self) -> nn.Linear:
@@ -155,10 +141,6 @@ class GatedDeltaNet(TokenMixer):
     ) -> dict[str, Any]:
         """Head-aligned: one head for each attention head, of the same size."""
         return {"num_heads": num_heads, "head_k_dim": head_dim, "head_v_dim": head_dim}
-
-    @classmethod
-    def cache_elements_per_token(cls, config: "HyLoConfig") -> int:
-        return 0
 
     @classmethod
     def convolution_elements(cls, config: "HyLoConfig") -> int:
@@ -173,6 +155,9 @@ class GatedDeltaNet(TokenMixer):
         return geometry.num_heads * geometry.head_k_dim * geometry.head_v_dim
 
 
-def _convolution(channels: int, taps: int) -> nn.Conv1d:
-    """A depthwise convolution's weight `[channels, 1, taps]`, named as in flash-linear-attention."""
-    return nn.Conv1d(channels, channels, taps, groups=channels, bias=False)
+def start_decays(A_log: Tensor, dt_bias: Tensor) -> None:
+    """As in Mamba-2: A uniform in [1, 16], step sizes log-uniform in [0.001, 0.1]."""
+    init.copy_(A_log, torch.empty_like(A_log).uniform_(1, 16).log())
+    step = torch.empty_like(dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
+    # The inverse of softplus.
+    init.copy_(dt_bias, step + torch.log(-torch.expm1(-step)))

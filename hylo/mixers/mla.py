@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
 from hylo.errors import HyLoError
 from hylo.mixers.base import Geometry, TokenMixer, is_whole
 from hylo.mixers.rotary import RotaryEmbedding
+from hylo.mixers.softmax import attend, attend_in_blocks
+from hylo.ops.attention import shared_head_attention
 
 if TYPE_CHECKING:
     from hylo.config import HyLoConfig
@@ -30,6 +30,8 @@ class MLAGeometry(Geometry):
         q_lora_rank: rank of the query map; a full matrix where None.
         rope_pairs: which rotary pairs of the base's heads the rotary values are, for their frequencies; the standard
             frequencies for qk_rope_head_dim where None.
+        key_norm: whether each key head has an RMS norm over its nope and rotary values, before rotation, as released
+            Qwen3 checkpoints have. Its scale differs by head and token, so it is cached beside the latent.
     """
 
     kv_lora_rank: int
@@ -38,6 +40,7 @@ class MLAGeometry(Geometry):
     v_head_dim: int
     q_lora_rank: int | None = None
     rope_pairs: tuple[int, ...] | None = None
+    key_norm: bool = False
 
     def __post_init__(self) -> None:
         for size, least in (("kv_lora_rank", 1), ("qk_nope_head_dim", 0), ("qk_rope_head_dim", 2), ("v_head_dim", 1)):
@@ -48,6 +51,8 @@ class MLAGeometry(Geometry):
             raise HyLoError(f"geometry of mla: q_lora_rank is {self.q_lora_rank!r}; expected a whole number or null")
         if self.qk_rope_head_dim % 2:
             raise HyLoError(f"geometry of mla: qk_rope_head_dim is {self.qk_rope_head_dim}; expected an even number")
+        if not isinstance(self.key_norm, bool):
+            raise HyLoError(f"geometry of mla: key_norm is {self.key_norm!r}; expected true or false")
         if self.rope_pairs is not None:
             object.__setattr__(self, "rope_pairs", tuple(self.rope_pairs))
             if not all(is_whole(pair, 0) for pair in self.rope_pairs) or len(set(self.rope_pairs)) < len(
@@ -73,6 +78,10 @@ class MultiHeadLatentAttention(TokenMixer):
     `kv_b_proj` holds the base's KV heads, each of which serves its group of query heads. The latents have no norm, the
     softmax scale is (nope + rope) ** -0.5. Sequences expand the latents to keys and values; single tokens absorb
     `kv_b_proj` into the query and the output instead (section 2.1.2), so that decoding reads the latents alone.
+
+    Bases with biases (Qwen2) give `q` and the rotary key one; the bias of the other key rows is the same for all keys
+    and cancels in the softmax, that of the values passes through it into the output's bias. Bases with norms (Qwen3)
+    give query heads theirs, and key heads too where the geometry says `key_norm`.
     """
 
     name = "mla"
@@ -92,21 +101,26 @@ class MultiHeadLatentAttention(TokenMixer):
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.scaling = geometry.qk_head_dim**-0.5
 
+        bias = config.attention_bias
         query_size = self.num_heads * geometry.qk_head_dim
         if geometry.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+            self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
         else:
             self.q_a_proj = nn.Linear(config.hidden_size, geometry.q_lora_rank, bias=False)
-            self.q_b_proj = nn.Linear(geometry.q_lora_rank, query_size, bias=False)
+            self.q_b_proj = nn.Linear(geometry.q_lora_rank, query_size, bias=bias)
         self.kv_a_proj_with_mqa = nn.Linear(
-            config.hidden_size, geometry.kv_lora_rank + geometry.qk_rope_head_dim, bias=False
+            config.hidden_size, geometry.kv_lora_rank + geometry.qk_rope_head_dim, bias=bias
         )
         self.kv_b_proj = nn.Linear(
             geometry.kv_lora_rank,
             self.num_key_value_heads * (geometry.qk_nope_head_dim + geometry.v_head_dim),
             bias=False,
         )
-        self.o_proj = nn.Linear(self.num_heads * geometry.v_head_dim, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * geometry.v_head_dim, config.hidden_size, bias=config.mixer_output_bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(geometry.qk_head_dim, eps=config.rms_norm_eps)
+        if geometry.key_norm:
+            self.k_norm = LlamaRMSNorm(geometry.qk_head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -114,58 +128,105 @@ class MultiHeadLatentAttention(TokenMixer):
         position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         assert position_embeddings is not None
-        batch, length, _ = hidden_states.shape
+        length = hidden_states.shape[1]
+        query = self._query(hidden_states, position_embeddings)
+        cached = self._to_cache(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            # One head of everything that is cached, as keys; there are no values.
+            cached, _ = past_key_values.update(cached[:, None], cached[:, None, :, :0], self.layer_idx)
+            cached = cached[:, 0]
+        total = cached.shape[1]
+        if past_key_values is not None and length == 1:
+            heads = self._absorbed(query, cached, attention_mask)
+        elif attention_mask is None and length < total and not torch.is_grad_enabled():
+            heads = attend_in_blocks(self, query, total, lambda begin, end: self._expanded(cached[:, begin:end]))
+        else:
+            heads = attend(self, query, *self._expanded(cached), attention_mask, cu_seqlens, **kwargs)
+        return self.o_proj(heads.flatten(2))
+
+    def _query(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """`[B, H, T, nope + rope]`, normed and rotated."""
         sizes = self.geometry
         query = self.q_proj(hidden_states) if sizes.q_lora_rank is None else self.q_b_proj(self.q_a_proj(hidden_states))
-        query = query.view(batch, length, self.num_heads, -1).transpose(1, 2)
-        q_nope, q_rope = query.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
-        # One head: [B, 1, T, r] and [B, 1, T, rope].
-        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states)[:, None].split(
+        query = query.unflatten(-1, (self.num_heads, -1))
+        if self.config.qk_norm:
+            query = self.q_norm(query)
+        nope, rope = query.transpose(1, 2).split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
+        return torch.cat([nope, _rotate(rope, position_embeddings)], dim=-1)
+
+    def _to_cache(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """What is kept of each token: its latent, its rotated rotary key, and with `key_norm` its scales.
+
+        `[B, T, r + rope]`, or `[B, T, r + rope + 2 Hkv]`: each scale as the sum of two values, so that bfloat16 keeps
+        16 bits of it. A scale multiplies a whole score, where rounding does not average out.
+        """
+        sizes = self.geometry
+        latent, rope = self.kv_a_proj_with_mqa(hidden_states).split(
             [sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1
         )
-        q_rope, k_rope = apply_rotary_pos_emb(q_rope, k_rope, *position_embeddings)
-        if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
-        attend = self._absorbed if past_key_values is not None and length == 1 else self._expanded
-        heads = attend(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
-        return self.o_proj(heads.reshape(batch, length, -1))
+        if not sizes.key_norm:
+            return torch.cat([latent, _rotate(rope[:, None], position_embeddings)[:, 0]], dim=-1)
+        nope = self.kv_b_proj(latent).unflatten(-1, (self.num_key_value_heads, -1))[..., : sizes.qk_nope_head_dim]
+        wide = torch.promote_types(latent.dtype, torch.float32)
+        squares = nope.to(wide).square().sum(-1) + rope.to(wide).square().sum(-1, keepdim=True)
+        scale = torch.rsqrt(squares / sizes.qk_head_dim + self.k_norm.variance_epsilon)
+        coarse = scale.to(latent.dtype)
+        weighted = _rotate((rope * self.k_norm.weight[sizes.qk_nope_head_dim :])[:, None], position_embeddings)[:, 0]
+        return torch.cat([latent, weighted.to(latent.dtype), coarse, (scale - coarse).to(latent.dtype)], dim=-1)
 
-    def _expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> Tensor:
-        """Keys and values of every cached token, then ordinary attention. Returns `[B, T, H, v]`."""
+    def _scales(self, cached: Tensor) -> Tensor:
+        """The cached scales of the key heads, `[B, S, Hkv]`, in float32 or wider."""
+        coarse, fine = cached[..., self.geometry.kv_lora_rank + self.geometry.qk_rope_head_dim :].chunk(2, dim=-1)
+        wide = torch.promote_types(cached.dtype, torch.float32)
+        return coarse.to(wide) + fine.to(wide)
+
+    def _expanded(self, cached: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of cached tokens, `[B, Hkv, S, nope + rope]` and `[B, Hkv, S, v]`."""
         sizes = self.geometry
-        expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.num_key_value_heads, -1)).transpose(1, 2)
-        k_nope, value = expanded.split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1)
-        # A slice may start where no 16 bytes do, and bfloat16 attention kernels have read such values wrongly.
-        value = value.contiguous()
-        key = torch.cat([k_nope, k_rope.expand(-1, self.num_key_value_heads, -1, -1)], dim=-1)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(
-            self, torch.cat([q_nope, q_rope], dim=-1), key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs
+        latent, rope = cached[..., : sizes.kv_lora_rank + sizes.qk_rope_head_dim].split(
+            [sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1
         )
-        return output
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.num_key_value_heads, -1)).transpose(1, 2)
+        nope, value = expanded.split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=-1)
+        if sizes.key_norm:
+            nope = nope * self.k_norm.weight[: sizes.qk_nope_head_dim]
+        key = torch.cat([nope, rope[:, None].expand(-1, self.num_key_value_heads, -1, -1).to(nope.dtype)], dim=-1)
+        if sizes.key_norm:
+            key = (key * self._scales(cached).transpose(1, 2)[..., None]).to(value.dtype)
+        # A slice may start where no 16 bytes do, and bfloat16 attention kernels have read such values wrongly.
+        return key, value.contiguous()
 
-    def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> Tensor:
+    def _absorbed(self, query: Tensor, cached: Tensor, mask: Tensor | None) -> Tensor:
         """Scores (q_nope W_k) . latent + q_rope . k_rope, output (weights . latent) W_v, for one token (T = 1).
 
         Returns `[B, 1, H, v]`.
         """
         sizes = self.geometry
-        # [Hkv, nope + v, r], each repeated to the query heads of its group.
-        up = self.kv_b_proj.weight.unflatten(0, (self.num_key_value_heads, -1))
-        up = up.repeat_interleave(self.num_key_value_groups, dim=0)
-        up_key, up_value = up.split([sizes.qk_nope_head_dim, sizes.v_head_dim], dim=1)
-        # The heads stand where queries do, [B, 1, H, r + rope]: they share one key and one value, which stay as cached.
-        query = torch.cat([torch.einsum("bhtn,hnr->bthr", q_nope, up_key), q_rope.transpose(1, 2)], dim=-1)
-        key = torch.cat([latent, k_rope], dim=-1)
-        read = functional.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=self.scaling)
-        return torch.einsum("bthr,hvr->bthv", read, up_value)
+        q_nope, q_rope = query[:, :, 0].split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
+        factor = None
+        if sizes.key_norm:
+            q_nope = (q_nope * self.k_norm.weight[: sizes.qk_nope_head_dim]).to(q_nope.dtype)
+            factor = self._scales(cached).transpose(1, 2).repeat_interleave(self.num_key_value_groups, dim=1)
+        # [Hkv, nope + v, r]; query heads stand by their KV heads, [B, Hkv, H / Hkv, ...].
+        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_key_value_heads, -1)).split(
+            [sizes.qk_nope_head_dim, sizes.v_head_dim], dim=1
+        )
+        grouped = q_nope.unflatten(1, (self.num_key_value_heads, -1))
+        absorbed = torch.einsum("bkgn,knr->bkgr", grouped, up_key.to(query.dtype)).flatten(1, 2)
+        read = shared_head_attention(
+            torch.cat([absorbed, q_rope], dim=-1),
+            cached,
+            sizes.kv_lora_rank,
+            scale=self.scaling,
+            mask=None if mask is None else mask[:, 0],
+            factor=factor,
+        )
+        grouped = read.unflatten(1, (self.num_key_value_heads, -1))
+        return torch.einsum("bkgr,kvr->bkgv", grouped, up_value.to(read.dtype)).flatten(1, 2)[:, None]
 
     @property
     def output_projection(self) -> nn.Linear:
@@ -200,4 +261,11 @@ class MultiHeadLatentAttention(TokenMixer):
     def cache_elements_per_token(cls, config: "HyLoConfig") -> int:
         geometry = config.geometry("mla")
         assert isinstance(geometry, MLAGeometry)
-        return geometry.kv_lora_rank + geometry.qk_rope_head_dim
+        scales = 2 * config.num_key_value_heads if geometry.key_norm else 0
+        return geometry.kv_lora_rank + geometry.qk_rope_head_dim + scales
+
+
+def _rotate(x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates `[B, heads, T, rope]`; pair i is the values i and i + rope / 2."""
+    cos, sin = (part[:, None] for part in position_embeddings)
+    return (x * cos + rotate_half(x) * sin).to(x.dtype)

@@ -1,8 +1,52 @@
-"""Causal depthwise convolution over time, in plain torch."""
+"""Causal depthwise convolution over time, then SiLU: fla's kernel, or plain torch."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from hylo.ops.kernels import use_fla
+from hylo.ops.packing import each_document
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    past: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """SiLU of `causal_convolution`.
+
+    Args:
+        x: `[B, T, C]`.
+        weight: `[C, W]`.
+        bias: `[C]`.
+        past: the W - 1 inputs before x, `[B, W - 1, C]`; zeros by default.
+        cu_seqlens: offsets of documents, none of which sees another; B must be 1 and `past` None.
+
+    Returns:
+        `[B, T, C]`, in the dtype of x.
+    """
+    if past is not None and cu_seqlens is not None:
+        raise ValueError("expected past inputs or packed documents, not both")
+    if use_fla(x):
+        from fla.modules.causal_conv1d import causal_conv1d
+
+        state = None
+        if past is not None:
+            # fla keeps W inputs, of which the oldest meets no new one.
+            state = functional.pad(past, (0, 0, 1, 0)).transpose(1, 2).contiguous()
+        out, _ = causal_conv1d(
+            x, weight.contiguous(), bias, initial_state=state, activation="silu", cu_seqlens=cu_seqlens
+        )
+        return out
+    if cu_seqlens is not None:
+        return each_document(lambda part: functional.silu(causal_convolution(part, weight, bias)), cu_seqlens, x)
+    length = x.shape[1]
+    if past is not None:
+        x = torch.cat([past, x], dim=1)
+    return functional.silu(causal_convolution(x, weight, bias)[:, -length:])
 
 
 def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -25,9 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hylo.errors import HyLoError
 from hylo.files import atomic_directory, expand_user, read_json, write_json
 from hylo.progress import console
+from hylo.upcycle.families import check_family
 
-# transformers' model types whose attention layers this package knows how to convert.
-FAMILIES = ("llama",)
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 # Beside a dequantised GGUF model: what it was made from.
 _SOURCE_FILE = "gguf-source.json"
@@ -142,7 +141,7 @@ def _dequantise(gguf: Path, output: Path) -> None:
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
     config = type(loaded.config)(**values)
-    _check_family(config, gguf)
+    check_family(config, gguf)
     with torch.device("meta"):
         fresh = type(loaded)(config)
     fresh.load_state_dict(loaded.state_dict(), assign=True)
@@ -152,14 +151,6 @@ def _dequantise(gguf: Path, output: Path) -> None:
         fresh.save_pretrained(work)
         tokenizer.save_pretrained(work)
         write_json(work / _SOURCE_FILE, {"weights": weights_digest(gguf)})
-
-
-def _check_family(config: PreTrainedConfig, where: Path) -> None:
-    if config.model_type not in FAMILIES:
-        raise HyLoError(f"{where}: the {config.model_type!r} family is not supported; expected {', '.join(FAMILIES)}")
-    for size in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
-        if getattr(config, size) < 1:
-            raise HyLoError(f"{where}: {size} is {getattr(config, size)}; expected at least 1")
 
 
 @dataclass
@@ -185,7 +176,7 @@ class Base:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError, StrictDataclassError) as error:
             raise HyLoError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
-        _check_family(config, folder)
+        check_family(config, folder)
         base = cls(folder, config, {})
         if (folder / _WEIGHTS_INDEX).is_file():
             weight_map = read_json(folder / _WEIGHTS_INDEX).get("weight_map")
@@ -229,16 +220,6 @@ class Base:
             return self._handle(self._file_of[name]).get_tensor(name)
         except SafetensorError as error:
             raise HyLoError(f"{self._file_of[name]}: cannot read {name}: {error}") from None
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The head sizes that geometries derive from."""
-        config = self.config
-        return {
-            "num_heads": config.num_attention_heads,
-            "num_kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-        }
 
 
 # What a checkpoint carries beside its weights and config.

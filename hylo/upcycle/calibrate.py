@@ -123,7 +123,9 @@ def calibrate(
                 if solved or sequential:
                     x = _features(layer, student_hidden[i] if sequential else teacher_hidden[i], context)
                     if solved:
-                        regression.add(x[real[i]], mixed[real[i]])
+                        # The projection's bias, where it has one, stays what the base's biases make it.
+                        target = mixed if projection.bias is None else mixed - projection.bias
+                        regression.add(x[real[i]], target[real[i]])
                     if sequential:
                         features.append(x)
                 teacher_hidden[i] = output

@@ -7,7 +7,7 @@ in memory, and the checkpoint appears whole or not at all.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
@@ -23,8 +23,9 @@ from hylo.files import atomic_directory, read_json, write_json
 from hylo.modeling import HyLoForCausalLM
 from hylo.progress import bar
 from hylo.upcycle.bases import Base, copy_companions
-from hylo.upcycle.geometry import geometry_for
-from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention, parameter
+from hylo.upcycle.families import hybrid_config
+from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention
+from hylo.upcycle.initialise.source import tensor_name
 from hylo.upcycle.layout import format_layout, parse_layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,23 +64,27 @@ class ConversionPlan:
 def plan_conversion(
     base: Base,
     layout: str | Sequence[str],
-    geometry: Mapping[str, Mapping[str, Any]] | None = None,
+    geometry: Mapping[str, Mapping[str, Any]] | str | None = None,
     *,
     dtype: str | None = None,
     solve_output: bool = False,
     source_name: str | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> ConversionPlan:
     """The plan for a base, a layout and a geometry. Reads names and sizes, no weights.
 
     Args:
+        geometry: sizes by mixer, or "paper".
         dtype: of the hybrid's weights; the base's by default.
         solve_output: whether calibration will solve the output projection of each replaced mixer.
         source_name: what the hybrid's config names as its base.
+        rope_scaling: YaRN's factor and original_max_position_embeddings; the base's own scaling by default.
 
     Raises:
         HyLoError: where layout, geometry and base do not fit, or the base lacks a tensor.
     """
-    config = _hybrid_config(base, parse_layout(layout, base.config.num_hidden_layers), geometry or {}, source_name)
+    mixers = parse_layout(layout, base.config.num_hidden_layers)
+    config = hybrid_config(base.config, mixers, geometry or {}, source_name or base.folder.name, rope_scaling)
     if dtype is not None and dtype not in DTYPES:
         raise HyLoError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     weight_dtype = DTYPES[dtype] if dtype else (base.config.dtype or torch.float32)
@@ -95,25 +100,6 @@ def plan_conversion(
             if source not in base:
                 raise HyLoError(f"{base.folder} has no tensor {source}, which {tensor.name} is made from")
     return ConversionPlan(config, weight_dtype, planned)
-
-
-def _hybrid_config(
-    base: Base, mixers: list[str], geometry: Mapping[str, Mapping[str, Any]], source_name: str | None
-) -> HyLoConfig:
-    known = {field.name for field in fields(LlamaConfig)}
-    skipped = {"architectures", "dtype", "transformers_version"}
-    values = {key: value for key, value in base.config.to_dict().items() if key in known - skipped}
-    config = HyLoConfig(
-        **values,
-        token_mixers=mixers,
-        mixer_geometry=geometry_for(mixers, geometry, **base.sizes),
-        base_model=source_name or str(base.folder.name),
-    )
-    biased = base.config.attention_bias and set(mixers) != {"attention"}
-    if biased:
-        raise HyLoError(f"{base.folder}: attention biases are not supported by the mixers of {format_layout(mixers)}")
-    config.architectures = ["HyLoForCausalLM"]
-    return config
 
 
 def _layer_and_suffix(name: str) -> tuple[int, str] | None:
@@ -135,8 +121,12 @@ def _planned(name: str, shape: torch.Size, config: HyLoConfig, solve_output: boo
         return PlannedTensor(name, shape, "copied", (name,), "as it is")
     layer_idx, suffix = located
     rule = _rule(config, layer_idx, suffix)
-    sources = tuple(f"model.layers.{layer_idx}.self_attn.{parameter(source)}" for source in rule.sources)
-    if solve_output and suffix == "o_proj.weight" and config.mixer_of(layer_idx).replaces_attention:
+    sources = tuple(tensor_name(layer_idx, source) for source in rule.sources)
+    if (
+        solve_output
+        and suffix in ("o_proj.weight", "out_proj.weight")
+        and config.mixer_of(layer_idx).replaces_attention
+    ):
         return PlannedTensor(name, shape, "solved", sources, "ridge regression on the teacher's mixer outputs")
     return PlannedTensor(name, shape, rule.action, sources, rule.note)
 

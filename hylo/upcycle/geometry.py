@@ -1,10 +1,16 @@
-"""Mixer sizes for a base: derived from its own, with what the user sets on top."""
+"""Mixer sizes for a base: derived from its own, with what the user sets on top; or as published."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from hylo.errors import HyLoError
 from hylo.mixers import mixer_class
+from hylo.upcycle.published import BaseSizes, published_bases, published_for
+
+PAPER = "paper"
 
 
 def geometry_for(
@@ -31,4 +37,46 @@ def geometry_for(
         mixer.geometry_class.parse(name, values)
         if values:
             geometry[name] = values
+    return geometry
+
+
+def resolve_geometry(
+    geometry: Mapping[str, Mapping[str, Any]] | str, mixers: Sequence[str], base: PreTrainedConfig
+) -> Mapping[str, Mapping[str, Any]]:
+    """What `geometry_for` takes as given: a mapping as it is, or for "paper" the published sizes.
+
+    Raises HyLoError where no base of these sizes was published, or the text is not "paper".
+    """
+    if not isinstance(geometry, str):
+        return geometry
+    if geometry != PAPER:
+        raise HyLoError(f"geometry {geometry!r}; expected {PAPER!r} or sizes by mixer")
+    published = published_for(base)
+    if published is None:
+        sizes = ", ".join(f"{name} {getattr(base, name, None)}" for name in BaseSizes.model_fields)
+        bases = ", ".join(published.base for published in published_bases())
+        raise HyLoError(f"no published geometry for a base with {sizes}; there is one for {bases}")
+    return {name: sizes for name, sizes in published.mixers.items() if name in mixers}
+
+
+def parse_geometry(settings: Sequence[str]) -> dict[str, dict[str, Any]] | str:
+    """From the command line: `mla.kv_lora_rank=96` to {"mla": {"kv_lora_rank": 96}}, or `paper` alone.
+
+    Raises HyLoError on any other form.
+    """
+    if list(settings) == [PAPER]:
+        return PAPER
+    geometry: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        mixer, dot, size = path.partition(".")
+        try:
+            number = json.loads(value)
+        except json.JSONDecodeError:
+            number = None
+        if not (equals and dot and size) or number is None:
+            raise HyLoError(
+                f"--geometry {setting!r}; expected MIXER.SIZE=NUMBER such as mla.kv_lora_rank=96, or {PAPER} alone"
+            )
+        geometry.setdefault(mixer, {})[size] = number
     return geometry

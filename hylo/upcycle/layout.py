@@ -2,7 +2,7 @@
 
 Three ways to write one, for a base of 16 layers:
 
-- counts and block names, evenly spaced: `4MLA12GDN`
+- counts and block names: `4MLA12GDN`, with the MLA layers where they were published, else every block evenly spaced
 - index lists, the block without indices taking the rest: `MLA:1,5,10,14 GDN` (ranges such as `0-3` allowed)
 - in a recipe, also a list with one mixer name a layer
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from hylo.errors import HyLoError
 from hylo.mixers import MIXERS, mixer_class
+from hylo.upcycle.published import published_mla_layers
 
 BLOCKS = {mixer.block: name for name, mixer in MIXERS.items()}
 
@@ -56,7 +57,19 @@ def _from_counts(text: str, num_layers: int) -> list[str]:
         counts[name] = int(count)
     if sum(counts.values()) != num_layers:
         raise HyLoError(f"layout {text!r} has {sum(counts.values())} layers; the base has {num_layers}")
-    return spread_evenly(counts)
+    return _published(counts) or spread_evenly(counts)
+
+
+def _published(counts: dict[str, int]) -> list[str] | None:
+    """MLA and one linear block, the MLA layers where a published layout has as many; or None."""
+    others = [name for name in counts if name != "mla"]
+    if len(others) != 1 or "mla" not in counts or mixer_class(others[0]).layer_type != "linear_attention":
+        return None
+    num_layers = sum(counts.values())
+    positions = published_mla_layers(num_layers, counts["mla"])
+    if positions is None:
+        return None
+    return ["mla" if i in positions else others[0] for i in range(num_layers)]
 
 
 def spread_evenly(counts: dict[str, int]) -> list[str]:

@@ -85,6 +85,10 @@ def test_a_step_is_all_its_windows() -> None:
         (["precision"], "int8", "precision", "'bfloat16'"),
         (["save_dtype"], "auto", "save_dtype", "'bfloat16'"),
         (["geometry"], {"mla": 3}, "geometry.mla", "dictionary"),
+        (["geometry"], "papr", "geometry", "'paper' or sizes by mixer"),
+        (["rope_scaling"], {"factor": 4}, "rope_scaling.original_max_position_embeddings", "missing"),
+        (["rope_scaling", "factor"], 1, "rope_scaling", "greater than 1"),
+        (["rope_scaling", "type"], "yarn", "rope_scaling", "missing"),
     ],
 )
 def test_one_line_that_names_the_key(path: list[Any], value: Any, place: str, expected: str) -> None:
@@ -94,6 +98,17 @@ def test_one_line_that_names_the_key(path: list[Any], value: Any, place: str, ex
     assert message.startswith(f"recipe.yaml: {place}")
     assert expected in message
     assert "\n" not in message
+
+
+def test_published_sizes_and_yarn() -> None:
+    yarn = {"factor": 4, "original_max_position_embeddings": 2048}
+    recipe = parse_recipe(RECIPE | {"geometry": "paper", "rope_scaling": yarn})
+    assert recipe.geometry == "paper"
+    assert recipe.rope_scaling is not None
+    assert recipe.rope_scaling.model_dump() == yarn
+    assert parse_recipe(RECIPE).rope_scaling is None
+    with pytest.raises(HyLoError, match="unknown key; expected one of factor, original_max_position_embeddings"):
+        parse_recipe(RECIPE | {"rope_scaling": yarn | {"type": "yarn"}})
 
 
 @pytest.mark.parametrize("name", ["stage2", "base", "teacher", "convert", "calibrate", "model", "evaluate", "report"])

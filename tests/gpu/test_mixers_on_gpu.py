@@ -1,4 +1,4 @@
-"""Mixers on a GPU against the float64 CPU. Run with HYLO_TEST_GPU=1 pytest tests/gpu."""
+"""Mixers and models on a GPU against the float64 CPU. Run with HYLO_TEST_GPU=1 pytest tests/gpu."""
 
 from typing import Any
 
@@ -8,22 +8,37 @@ from tiny import random_hybrid, random_ids
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and HYLO_TEST_GPU=1")
 
+# Heads as in test_ops_on_gpu.py, so that kernels are tuned once.
+SIZES: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+GEOMETRY: dict[str, dict[str, Any]] = {
+    "gdn": {"num_heads": 4, "head_k_dim": 64, "head_v_dim": 64},
+    "kda": {"num_heads": 4, "head_k_dim": 64, "head_v_dim": 64, "gate_rank": 64},
+    "mamba2": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64},
+    "mla": {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64},
+}
+MIXERS = ["attention", "mla", "gdn", "mamba2", "kda"]
+
+
+def hybrid(mixers: list[str], **geometry: dict[str, Any]) -> Any:
+    chosen = {name: (GEOMETRY | geometry)[name] for name in set(mixers) & set(GEOMETRY | geometry)}
+    return random_hybrid(mixers, **SIZES, mixer_geometry=chosen)
+
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("length", [1, 70, 512])
 @pytest.mark.parametrize(
-    ("mixer", "mla"),
+    ("mixer", "geometry"),
     [
-        ("attention", None),
-        ("gdn", None),
-        ("mla", None),
+        *((mixer, {}) for mixer in MIXERS),
         # Values that start at 8 bytes within their rows, and at 16.
-        ("mla", {"kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}),
-        ("mla", {"kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}),
+        ("mla", {"mla": {"kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}}),
+        ("mla", {"mla": {"kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}}),
     ],
 )
-def test_forward(mixer: str, mla: dict[str, Any] | None, length: int, dtype: torch.dtype, tolerance: float) -> None:
-    model = random_hybrid([mixer], mla)
+def test_forward(
+    mixer: str, geometry: dict[str, dict[str, Any]], length: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    model = hybrid([mixer], **geometry)
     hidden = model.model.embed_tokens(random_ids(2, length)).detach()
     layer = model.model.layers[0].double()
 
@@ -38,3 +53,58 @@ def test_forward(mixer: str, mla: dict[str, Any] | None, length: int, dtype: tor
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
             output = mixed(hidden.float().cuda())
     assert (output.double().cpu() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gradients(mixer: str) -> None:
+    """Of a layer in a training step: float32 weights, bfloat16 products, packed documents."""
+    model = hybrid([mixer])
+    layer = model.model.layers[0].double()
+    hidden = model.model.embed_tokens(random_ids(1, 150)).detach()
+    upstream = torch.randn_like(hidden)
+    offsets = torch.tensor([0, 40, 150], dtype=torch.int32)
+
+    def gradients(x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+        layer.zero_grad()
+        context = model.model.mixing_context(x, cu_seqlens=offsets.to(x.device))
+        layer.mixer(x, **context.arguments(layer.mixer), past_key_values=None).backward(upstream)
+        return {name: p.grad.double().cpu().clone() for name, p in layer.mixer.named_parameters() if p.grad is not None}
+
+    expected = gradients(hidden.double(), upstream.double())
+    model.to("cuda")
+    layer.float()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        result = gradients(hidden.float().cuda(), upstream.float().cuda())
+    errors = {name: float((result[name] - value).norm() / value.norm()) for name, value in expected.items()}
+    assert result.keys() == expected.keys()
+    # Two roundings to bfloat16 lie between a projection's gradient and the kernel's.
+    assert max(errors.values()) < 6e-2, errors
+
+
+@pytest.mark.parametrize("mixers", [[mixer] for mixer in MIXERS] + [MIXERS])
+@torch.no_grad()
+def test_prefill_in_chunks_and_decoding_give_the_whole_forward(mixers: list[str]) -> None:
+    model = hybrid(mixers).to("cuda", torch.bfloat16)
+    ids = random_ids(2, 300).cuda()
+    whole = model(ids).logits.float()
+    cache, logits = None, []
+    for part in (*ids[:, :290].split(77, dim=1), *ids[:, 290:].split(1, dim=1)):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits.float())
+    joined = torch.cat(logits, dim=1)
+    assert (joined - whole).norm() < 3e-2 * whole.norm()
+    assert cache.token_bytes() == 2 * model.config.cache_bytes(300)
+    assert cache.state_bytes() == 2 * model.config.state_bytes()
+
+
+@torch.no_grad()
+def test_generation_with_left_padding() -> None:
+    model = hybrid(MIXERS).to("cuda", torch.bfloat16)
+    ids = random_ids(2, 40).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :15] = 0
+    ids[0, :15] = 0
+    padded = model(ids, attention_mask=mask).logits[0, 15:].float()
+    alone = model(ids[:1, 15:]).logits[0].float()
+    assert (padded - alone).norm() < 3e-2 * alone.norm()

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hylo.ops.gated_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hylo.ops.gated_delta_rule import chunk_gated_delta_rule, gated_delta_net, recurrent_gated_delta_rule
 
 BATCH, HEADS, KEY, VALUE = 2, 2, 8, 6
 LENGTHS = [1, 5, 64, 150]
-DECAYS = ["mild", "strong", "alternating"]
+DECAYS = ["mild", "strong", "none", "alternating"]
 
 
 def make_inputs(length: int, decay: str, dtype: torch.dtype, *, state: bool) -> dict[str, Tensor]:
@@ -23,7 +23,12 @@ def make_inputs(length: int, decay: str, dtype: torch.dtype, *, state: bool) -> 
         "q": q,
         "k": k,
         "v": torch.randn(BATCH, length, HEADS, VALUE, dtype=torch.float64),
-        "g": {"mild": mild, "strong": strong, "alternating": torch.where(odd, strong, mild)}[decay],
+        "g": {
+            "mild": mild,
+            "strong": strong,
+            "none": torch.zeros_like(mild),
+            "alternating": torch.where(odd, strong, mild),
+        }[decay],
         "beta": torch.rand(BATCH, length, HEADS, dtype=torch.float64),
     }
     if state:
@@ -113,3 +118,18 @@ def test_half_precision_keeps_a_float32_state(rule: object) -> None:
     expected, expected_final = rule(**{name: x.double() for name, x in inputs.items()})
     torch.testing.assert_close(outputs.double(), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(final.double(), expected_final, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_net_makes_gates_and_normalises(length: int) -> None:
+    """g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b), q and k of length one."""
+    inputs = make_inputs(length, "mild", torch.float64, state=True)
+    a, b = torch.randn(2, BATCH, length, HEADS, dtype=torch.float64)
+    A_log, dt_bias = torch.randn(2, HEADS, dtype=torch.float64)
+    q, k, v, state = (inputs[name] for name in ("q", "k", "v", "state"))
+    results = gated_delta_net(q, 3 * k, v, a, b, A_log, dt_bias, state=state)
+    gated = {"q": q / q.norm(dim=-1, keepdim=True), "beta": 1 / (1 + (-b).exp())}
+    gated["g"] = -A_log.exp() * torch.log1p((a + dt_bias).exp())
+    # The lengths are kept from zero by 1e-6 under the root.
+    for result, expected in zip(results, naive(inputs | gated, KEY**-0.5), strict=True):
+        np.testing.assert_allclose(result.detach(), expected, rtol=0, atol=1e-5)

@@ -31,7 +31,7 @@ def copied(base_folder: Path, tmp_path: Path) -> Path:
 def test_folder_is_read_tensor_by_tensor(base_folder: Path) -> None:
     expected = LlamaForCausalLM.from_pretrained(base_folder).state_dict()
     with Base.open(base_folder) as base:
-        assert base.sizes == {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+        assert (base.config.num_attention_heads, base.config.num_key_value_heads, base.config.head_dim) == (4, 2, 8)
         for name, value in expected.items():
             assert name in base
             assert torch.equal(base.tensor(name), value)

@@ -16,7 +16,7 @@ import hylo.upcycle.convert
 from hylo.errors import HyLoError
 from hylo.upcycle.bases import Base, load_model
 from hylo.upcycle.convert import plan_conversion, plan_json, plan_table
-from hylo.upcycle.initialise import low_rank
+from hylo.upcycle.initialise.low_rank import low_rank
 
 Convert = Callable[..., tuple[hylo.upcycle.convert.ConversionPlan, Path]]
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,6 +24,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mla": ("4MLA", {}),
     "mla_low_rank_query": ("4MLA", {"mla": {"q_lora_rank": 12, "rope_pairs": [0, 2], "qk_rope_head_dim": 4}}),
     "gdn": ("4GDN", {}),
+    "gdn_wide": ("4GDN", {"gdn": {"num_heads": 3, "head_k_dim": 16, "head_v_dim": 32}}),
+    "mamba2": ("4M2", {}),
+    "kda": ("4KDA", {}),
     "mix": (MIXED_LAYOUT, {}),
 }
 
@@ -109,6 +112,39 @@ def test_gdn_starts_from_attention(to_layout: Convert, base_folder: Path) -> Non
     assert not mixer.a_proj.weight.any()
 
 
+@pytest.mark.parametrize(("heads", "k", "v"), [(3, 16, 32), (2, 4, 5)])
+@torch.no_grad()
+def test_gdn_of_other_sizes_takes_what_overlaps(
+    to_layout: Convert, base_folder: Path, heads: int, k: int, v: int
+) -> None:
+    """Rows of q, k and v, columns of o; what reads values that start random is zero."""
+    _, folder = to_layout("4GDN", {"gdn": {"num_heads": heads, "head_k_dim": k, "head_v_dim": v}})
+    mixer = load_model(folder).model.layers[1].mixer
+    attention = load_model(base_folder).model.layers[1].self_attn
+    repeated = [p.weight.unflatten(0, (2, 8))[[0, 0, 1, 1]].flatten(0, 1) for p in (attention.k_proj, attention.v_proj)]
+    theirs = [attention.q_proj.weight, *repeated, attention.q_proj.weight, attention.o_proj.weight.T]
+    ours = [p.weight for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj)] + [mixer.o_proj.weight.T]
+    for made, source, size in zip(ours, theirs, [k, k, v, v, v], strict=True):
+        rows = min(32, heads * size)
+        assert made.shape == (heads * size, 32)
+        assert torch.equal(made[:rows], source[:rows])
+    assert not ours[-1][32:].any()
+    assert all(row.any() for row in ours[0])
+
+
+@torch.no_grad()
+def test_mamba2_starts_from_attention(to_layout: Convert, base_folder: Path) -> None:
+    """Rows of z, x, B, C and dt are those of q, v, k, q and zeros, as published but for z."""
+    _, folder = to_layout("4M2")
+    mixer = load_model(folder).model.layers[1].mixer
+    attention = load_model(base_folder).model.layers[1].self_attn
+    q, k, v = (proj.weight for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+    assert torch.equal(mixer.in_proj.weight, torch.cat([q, v, k, q, torch.zeros(4, 32)]))
+    assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
+    assert torch.equal(mixer.conv1d.weight[:, 0], torch.tensor([0.0, 0, 0, 1]).expand(64, 4))
+    assert not torch.cat([mixer.conv1d.bias, mixer.D]).any()
+
+
 @pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("solve_output", [False, True])
 def test_plan_names_every_tensor_once(to_layout: Convert, case: str, solve_output: bool) -> None:
@@ -130,11 +166,12 @@ def expected_action(name: str, mixers: list[str], solve_output: bool) -> str:
     mixer, suffix = mixers[int(name.split(".")[2])], name.split(".mixer.")[1].removesuffix(".weight")
     if mixer == "attention":
         return "copied"
-    if suffix == "o_proj":
+    if suffix in ("o_proj", "out_proj"):
         return "solved" if solve_output else "copied"
     if mixer == "mla":
         return "copied" if suffix == "q_proj" else "decomposed"
-    return "copied" if suffix in ("q_proj", "k_proj", "v_proj", "g_proj") else "fresh"
+    copied = {"gdn": ["q_proj", "k_proj", "v_proj", "g_proj"], "kda": ["q_proj", "k_proj", "v_proj"]}
+    return "copied" if suffix in copied.get(mixer, ["in_proj"]) else "fresh"
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
@@ -181,8 +218,14 @@ def test_tied_head_is_planned_and_saved_once(tmp_path: Path) -> None:
         ("4MLA", {"mla": {"rope_pairs": [0, "x"]}}, "rope_pairs"),
         ("4MLA", {"mla": {"rank": 8}}, "'rank'"),
         ("4GDN", {"mla": {"kv_lora_rank": 8}}, "'mla'"),
-        ("4GDN", {"gdn": {"num_heads": 2}}, "one for each attention head"),
-        ("4GDN", {"gdn": {"head_v_dim": 16}}, "one for each attention head"),
+        ("4MLA", {"mla": {"key_norm": True}}, "no norm of its keys"),
+        ("4MLA", {"mla": {"key_norm": 1}}, "key_norm is 1"),
+        ("4GDN", {"gdn": {"num_heads": 0}}, "num_heads is 0"),
+        ("4GDN", {"gdn": {"head_v_dim": 1.5}}, "head_v_dim is 1.5"),
+        ("4GDN", {"gdn": {"conv_size": 1}}, "conv_size is 1"),
+        ("4KDA", {"kda": {"gate_rank": 0}}, "gate_rank is 0"),
+        ("4M2", {"mamba2": {"num_kv_heads": 3}}, "no multiple of num_kv_heads 3"),
+        ("4M2", {"mamba2": {"num_kv_heads": 4}}, "expected those of the base, 4 and 2 of 8"),
         ("4ATT", {"attention": {"heads": 2}}, "heads"),
         ("4ATT", {"hyena": {"heads": 2}}, "'hyena'"),
     ],
@@ -192,12 +235,6 @@ def test_geometry_that_does_not_fit(base_folder: Path, layout: str, geometry: di
         plan_conversion(base, layout, geometry)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_biases_of_replaced_attention_are_refused(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", tokenizer=False, attention_bias=True)
-    with Base.open(base) as opened, pytest.raises(HyLoError, match="biases"):
-        plan_conversion(opened, "2MLA2GDN")
 
 
 def test_unknown_dtype(base_folder: Path) -> None:

@@ -41,9 +41,30 @@ def test_spread_keeps_the_counts(counts: dict[str, int]) -> None:
     assert {name: layout.count(name) for name in set(layout)} == counts
 
 
-def test_published_1b_layout_is_the_even_spread() -> None:
-    mixers = parse_layout("4MLA12GDN", 16)
-    assert [i for i, name in enumerate(mixers) if name == "mla"] == [1, 5, 9, 13]
+@pytest.mark.parametrize("layout", ["4MLA12GDN", "12GDN4MLA", "4mla12m2", "4MLA12KDA"])
+def test_published_positions_whatever_the_linear_block(layout: str) -> None:
+    mixers = parse_layout(layout, 16)
+    assert [i for i, name in enumerate(mixers) if name == "mla"] == [1, 5, 10, 14]
+
+
+@pytest.mark.parametrize(
+    ("layout", "counts"),
+    [
+        ("4MLA12ATT", {"mla": 4, "attention": 12}),
+        ("4MLA6GDN6KDA", {"mla": 4, "gdn": 6, "kda": 6}),
+        ("3MLA13GDN", {"mla": 3, "gdn": 13}),
+        ("4ATT12GDN", {"attention": 4, "gdn": 12}),
+    ],
+)
+def test_even_spread_where_none_was_published(layout: str, counts: dict[str, int]) -> None:
+    assert parse_layout(layout, 16) == spread_evenly(counts)
+
+
+def test_block_names() -> None:
+    assert parse_layout("4ATT", 4) == ["attention"] * 4
+    assert parse_layout("14MLA14M2", 28) == ["mla", "mamba2"] * 14
+    kept = parse_layout("7ATT21KDA", 28)
+    assert (kept.count("attention"), kept.count("kda")) == (7, 21)
 
 
 @pytest.mark.parametrize("layout", ["2MLA6GDN", "1ATT2MLA5GDN", "8ATT"])

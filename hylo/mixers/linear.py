@@ -1,0 +1,67 @@
+"""What the linear mixers share: a convolution before, a state of fixed size after, and how both are cached."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from hylo.mixers.base import TokenMixer
+from hylo.ops.short_convolution import short_convolution
+
+if TYPE_CHECKING:
+    from hylo.config import HyLoConfig
+
+
+class LinearMixer(TokenMixer):
+    """Base of the mixers whose memory is a matrix a head, whatever the length of the sequence."""
+
+    layer_type = "linear_attention"
+
+    def _convolve(
+        self,
+        inputs: Tensor,
+        taps: Tensor,
+        bias: Tensor | None,
+        past_key_values: Cache | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The short convolution with SiLU, the cache's inputs before it, and the cached state to go on from.
+
+        Args:
+            inputs: `[B, T, C]`.
+            taps, bias: `[C, W]` and `[C]`.
+        """
+        if past_key_values is None:
+            return short_convolution(inputs, taps, bias, cu_seqlens=cu_seqlens), None
+        if cu_seqlens is not None:
+            raise ValueError("packed documents cannot be cached; generate from one document a row")
+        cached = past_key_values.layers[self.layer_idx]
+        # Read before the convolution's update, which marks the layer as having seen tokens.
+        state, past = None, None
+        if cached.has_previous_state[0]:
+            state, past = cached.recurrent_states[0], cached.conv_states[0].transpose(1, 2).clone()
+            if torch.is_grad_enabled():
+                # What a backward pass will read must not be written over.
+                state = state.clone()
+        past_key_values.update_conv_state(inputs.transpose(1, 2), self.layer_idx, conv_kernel_size=taps.shape[-1] - 1)
+        return short_convolution(inputs, taps, bias, past=past), state
+
+    def _keep(self, state: Tensor | None, past_key_values: Cache | None) -> None:
+        """Caches the state after the last token."""
+        if past_key_values is not None:
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+
+    @classmethod
+    def cache_elements_per_token(cls, config: "HyLoConfig") -> int:
+        return 0
+
+
+def without_padding(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros for padding, `[B, T, D]` and `[B, T]`: such tokens write nothing to a state that has seen none."""
+    return hidden_states if mask is None else hidden_states * mask[..., None].to(hidden_states.dtype)
+
+
+def depthwise(channels: int, taps: int, bias: bool = False) -> nn.Conv1d:
+    """A depthwise convolution's weight `[channels, 1, taps]`, named as in flash-linear-attention."""
+    return nn.Conv1d(channels, channels, taps, groups=channels, bias=bias)

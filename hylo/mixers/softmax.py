@@ -1,0 +1,94 @@
+"""What the softmax mixers, attention and MLA, share: one way to attend."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from hylo.ops.attention import PartialSoftmax, attention_with_lse, packed_attention
+
+# Keys and values that a chunk of a long prompt sees at a time.
+KEY_BLOCK = 16384
+
+
+class SoftmaxMixer(Protocol):
+    """What transformers' attention functions read from a module, and what is read here."""
+
+    config: Any
+    scaling: float
+    training: bool
+
+
+def attend(
+    mixer: SoftmaxMixer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Causal attention by the implementation that the config names (`attn_implementation`).
+
+    Args:
+        q: `[B, H, T, K]`.
+        k, v: `[B, Hkv, S, K]` and `[B, Hkv, S, V]`.
+        mask: what the implementation wants; None where all of the past is seen.
+        cu_seqlens: offsets of documents, none of which sees another; B must be 1.
+
+    Returns:
+        `[B, T, H, V]`.
+    """
+    interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        mixer.config._attn_implementation, eager_attention_forward
+    )
+    dropout = getattr(mixer, "attention_dropout", 0.0) if mixer.training else 0.0
+    window = getattr(mixer, "sliding_window", None)
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        output, _ = interface(
+            mixer, q, k, v, mask, dropout=dropout, scaling=mixer.scaling, sliding_window=window, **kwargs
+        )
+        return output
+
+    if cu_seqlens is None:
+        return whole(q, k, v, mask)
+    eager = mixer.config._attn_implementation == "eager"
+
+    def document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        masked = eager or (window is not None and q.shape[2] > window)
+        return whole(q, k, v, _causal_mask(q, window) if masked else None)
+
+    return packed_attention(document, cu_seqlens, q, k, v)
+
+
+def attend_in_blocks(
+    mixer: SoftmaxMixer, q: Tensor, total: int, keys_and_values: Callable[[int, int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Causal attention of the last tokens of a sequence over all of it, `KEY_BLOCK` keys at a time. No gradients.
+
+    Args:
+        q: `[B, H, T, K]`, for the last T of `total` tokens.
+        keys_and_values: makes those of the tokens from `begin` to `end`, `[B, Hkv, end - begin, K or V]`.
+
+    Returns:
+        `[B, T, H, V]`.
+    """
+    past = total - q.shape[2]
+    softmax = PartialSoftmax()
+    softmax.add(*attention_with_lse(q, *keys_and_values(past, total), scale=mixer.scaling, causal=True))
+    for begin in range(0, past, KEY_BLOCK):
+        k, v = keys_and_values(begin, min(begin + KEY_BLOCK, past))
+        softmax.add(*attention_with_lse(q, k, v, scale=mixer.scaling, causal=False))
+    return softmax.result(q.dtype)
+
+
+def _causal_mask(q: Tensor, window: int | None) -> Tensor:
+    """Additive `[1, 1, T, T]`: token t sees t and, where there is a window, the window - 1 tokens before it."""
+    position = torch.arange(q.shape[2], device=q.device)
+    distance = position[:, None] - position[None]
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, torch.finfo(q.dtype).min)[None, None]

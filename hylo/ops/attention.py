@@ -1,0 +1,153 @@
+"""Softmax attention in the forms that hybrids need beyond one call of SDPA.
+
+- `packed_attention`: causal within each document of a packed row.
+- `PartialSoftmax`: attention over keys that come block by block, joined by their log-sum-exp (arXiv 2205.14135,
+  section 3.1), so that a long past never has to be held as keys and values at once.
+- `shared_head_attention`: one token's heads over one shared key head, the shape of absorbed MLA decoding.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hylo.ops.kernels import chosen_kernels
+from hylo.ops.packing import each_document
+
+# Scores that the plain form holds at a time.
+_SCORES = 2**24
+# Keys that one thread block of a GPU reads when a single token attends; many blocks share a long past.
+DECODE_BLOCK = 2048
+
+
+def packed_attention(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], cu_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """`attend`, which takes heads first and returns `[1, T, H, V]`, on each document alone.
+
+    Args:
+        q, k, v: `[1, H or Hkv, T, ...]`.
+    """
+    return each_document(attend, cu_seqlens, q, k, v, dim=2)
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention and the log-sum-exp of its scores. Without gradients.
+
+    Args:
+        q: `[B, H, T, K]`.
+        k, v: `[B, Hkv, S, K]` and `[B, Hkv, S, V]`, each head for H / Hkv query heads.
+        causal: query t sees keys 0 to t; T must equal S.
+
+    Returns:
+        outputs `[B, H, T, V]`, and float32 log-sum-exps `[B, H, T]`.
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and chosen_kernels() != "reference":
+        # The flash kernel wants one head size; zeros change neither scores nor the outputs kept.
+        size, v_size = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+        q, k, v = (functional.pad(x, (0, size - x.shape[-1])) for x in (q, k, v))
+        if torch.cuda.get_device_capability(q.device)[0] == 9 and size <= 128 and size % 8 == 0:
+            # On Hopper up to twice as fast (H200: 692 against 356 TFLOP/s at heads of 128).
+            out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, True, 0.0, causal, False, scale=scale
+            )[:2]
+            return out[..., :v_size], lse.squeeze(-1)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+        return out[..., :v_size], lse
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    outputs, lses = [], []
+    for begin in range(0, q.shape[2], rows):
+        part = q[:, :, begin : begin + rows]
+        scores = (part.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
+        if causal:
+            above = torch.ones(part.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(begin + 1)
+            scores = scores.masked_fill(above, -torch.inf)
+        lses.append(scores.logsumexp(-1))
+        outputs.append((scores.softmax(-1) @ v.to(wide)).to(q.dtype))
+    return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+
+
+class PartialSoftmax:
+    """Attention of some queries over blocks of keys, added one after the other."""
+
+    def __init__(self) -> None:
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+
+    def add(self, out: Tensor, lse: Tensor) -> None:
+        """What `attention_with_lse` gave for a block: `[B, H, T, V]` and `[B, H, T]`."""
+        if self._out is None or self._lse is None:
+            self._out, self._lse = out.to(lse.dtype), lse
+            return
+        total = torch.logaddexp(self._lse, lse)
+        self._out.mul_((self._lse - total).exp()[..., None])
+        self._out.addcmul_(out.to(lse.dtype), (lse - total).exp()[..., None])
+        self._lse = total
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """`[B, T, H, V]`, over all blocks added."""
+        assert self._out is not None
+        return self._out.to(dtype).transpose(1, 2)
+
+
+def shared_head_attention(
+    query: Tensor, key: Tensor, v_size: int, *, scale: float, mask: Tensor | None = None, factor: Tensor | None = None
+) -> Tensor:
+    """All heads of one token over one shared key head, whose first `v_size` values are the value head.
+
+    Args:
+        query: `[B, H, K]`.
+        key: `[B, S, K or more]`; what lies beyond K is not read.
+        v_size: at most K.
+        mask: additive or boolean, to broadcast with `[B, H, S]`.
+        factor: of each head's scores, `[B, H, S]`.
+
+    Returns:
+        `[B, H, v_size]`.
+    """
+    size = query.shape[-1]
+    aligned = size % 8 == 0 and v_size % 8 == 0 and key.stride(-2) % 8 == 0
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if (
+        query.is_cuda
+        and half
+        and aligned
+        and mask is None
+        and factor is None
+        and not torch.is_grad_enabled()
+        and chosen_kernels() != "reference"
+    ):
+        return _split_attention(query, key[..., :size], v_size, scale)
+    scores = torch.einsum("bhk,bsk->bhs", query, key[..., :size]).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores * scale if factor is None else scores * scale * factor
+    if mask is not None:
+        # Not -inf: padding that sees nothing at all must not become NaN, which a zero weight would not hide.
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+    return torch.einsum("bhs,bsv->bhv", scores.softmax(-1).to(query.dtype), key[..., :v_size])
+
+
+def _split_attention(query: Tensor, key: Tensor, v_size: int, scale: float) -> Tensor:
+    """The same, the past cut into blocks that are read in parallel and joined by their log-sum-exps."""
+    batch, length, _ = key.shape
+    outputs, lses = [], []
+    whole = length // DECODE_BLOCK
+    for begin, blocks, size in ((0, whole, DECODE_BLOCK), (whole * DECODE_BLOCK, 1, length - whole * DECODE_BLOCK)):
+        if not blocks or not size:
+            continue
+        # Blocks stand where batches do, heads where queries do: [B * blocks, 1, size or H, K].
+        part = key[:, begin : begin + blocks * size].unflatten(1, (blocks, size)).flatten(0, 1)[:, None]
+        asked = query[:, None].expand(-1, blocks, -1, -1).flatten(0, 1)[:, None]
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+            asked, part, part[..., :v_size], None, True, scale=scale
+        )[:2]
+        outputs.append(out[:, 0].unflatten(0, (batch, blocks)))
+        # The kernel pads the log-sum-exps of its queries.
+        lses.append(lse[:, 0, : query.shape[1]].unflatten(0, (batch, blocks)))
+    out, lse = torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
+    weights = lse.softmax(dim=1)[..., None]
+    return (out * weights).sum(dim=1).to(query.dtype)

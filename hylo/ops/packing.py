@@ -1,0 +1,40 @@
+"""Packed batches: documents end to end in one row, with the offsets at which they begin and end."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def document_offsets(position_ids: Tensor) -> Tensor:
+    """`cu_seqlens` of a packed batch: where positions begin again, a document begins.
+
+    Args:
+        position_ids: `[B, T]`.
+
+    Returns:
+        `[N + 1]` int32 offsets into the B * T tokens laid end to end, from 0 to B * T.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    begins = starts.flatten().nonzero().flatten()
+    end = begins.new_tensor([position_ids.numel()])
+    return torch.cat([begins, end]).to(torch.int32)
+
+
+def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """Begin and end of each document that has tokens."""
+    offsets = cu_seqlens.tolist()
+    return [(begin, end) for begin, end in pairwise(offsets) if end > begin]
+
+
+def each_document(compute: Callable[..., Tensor], cu_seqlens: Tensor, *tensors: Tensor, dim: int = 1) -> Tensor:
+    """`compute` on each document's slices of `tensors` along `dim`, its results joined along dim 1.
+
+    The plain definition of every operation on packed batches.
+    """
+    results = [
+        compute(*(tensor.narrow(dim, begin, end - begin) for tensor in tensors)) for begin, end in spans(cu_seqlens)
+    ]
+    return torch.cat(results, dim=1)

@@ -1,0 +1,61 @@
+"""The config of a base, without its weights: from a hub id, a folder, a bare config.json or a GGUF file."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from hylo.config import HyLoConfig
+from hylo.errors import HyLoError
+from hylo.files import expand_user, read_json
+from hylo.upcycle.bases import resolve_base
+from hylo.upcycle.families import FAMILIES, check_family
+
+
+def read_config(reference: str) -> PreTrainedConfig:
+    """Reads a base's (or a hybrid's) config; of a hub id downloads config.json alone.
+
+    Raises HyLoError where there is none, or on a family or sizes that cannot be planned for.
+    """
+    if reference.startswith("package:") or reference.endswith(".gguf"):
+        file = resolve_base(reference)
+        return _load(file.parent, file, gguf_file=file.name)
+    file = _config_file(reference)
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise HyLoError(f"{file}: expected a JSON object")
+    family = values.get("model_type")
+    # By name, before transformers is asked, which may not know it.
+    if family not in (*FAMILIES, HyLoConfig.model_type):
+        raise HyLoError(f"{file}: the {family!r} family is not supported; expected {', '.join(FAMILIES)}")
+    return _load(file, file)
+
+
+def _config_file(reference: str) -> Path:
+    path = expand_user(reference)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise HyLoError(f"{path.parent} holds no config.json; expected a Hugging Face model folder")
+    if path.is_file():
+        return path
+    parts = reference.split("/")
+    if len(parts) != 2 or not all(parts) or reference.startswith((".", "~")):
+        raise HyLoError(f"{reference} does not exist; expected a model folder, a config.json, a .gguf file or a hub id")
+    try:
+        return Path(hf_hub_download(reference, "config.json"))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise HyLoError(f"{reference} is no local path, and its config.json could not be had: {reason}") from None
+
+
+def _load(path: Path, where: Path, **options: Any) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise HyLoError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+    if not isinstance(config, HyLoConfig):
+        check_family(config, where)
+    return config

@@ -1,0 +1,168 @@
+"""Memory to train a stage of a recipe, on each GPU: an upper estimate, each part at its largest.
+
+Weights that train are float32, with AdamW's two moments; products are computed in bfloat16 by autocast, so the residual
+stream stays in float32. Over several GPUs full sharding is assumed: weights, gradients, moments and the teacher are
+divided; what a window makes is not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hylo.distill.recipe import StageSection
+from hylo.mixers import mixer_class
+from hylo.plan.inference import RESERVED_BYTES
+from hylo.plan.model import ModelPlan
+from hylo.plan.quantities import format_tokens
+from hylo.plan.workspace import SOFTMAX_MIXERS, Chunk, head_sizes, linear_sizes, prefill_workspace
+
+_MASTER = 4
+_MOMENTS = 8
+# Rows of logits at a time on a GPU, and bytes of each logit there: two float32 log-softmaxes, the teacher's
+# probabilities, and a gradient in what products are computed in (hylo/ops/linear_kl.py).
+_LOSS_ROWS = 1024
+_LOGIT_BYTES = 3 * 4
+_MOST_GPUS = 1024
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a stage trains, and on what.
+
+    Attributes:
+        student, base, teacher: the teacher of `kl` stages is `teacher`, that of layerwise stages the base.
+        compute_size: bytes of a value in a matrix product.
+        gpus: over which all is sharded.
+        gpu_memory: bytes of one GPU; None where it is not asked what fits.
+    """
+
+    student: ModelPlan
+    base: ModelPlan
+    teacher: ModelPlan
+    compute_size: int = 2
+    gpus: int = 1
+    gpu_memory: int | None = None
+
+
+def training_memory(training: Training, stage: StageSection) -> dict[str, int]:
+    """Bytes on each GPU, by part."""
+    student = training.student
+    trained = student.parameters if stage.train == "all" else student.replaced_parameters
+    # Autocast keeps a copy of every weight that it reads, where products are not in float32 anyway.
+    copies = 0 if training.compute_size == _MASTER else training.compute_size
+    return {
+        "weights": _share(student.parameters * (_MASTER + copies), training.gpus),
+        "gradients": _share(trained * _MASTER, training.gpus),
+        "optimizer": _share(trained * _MOMENTS, training.gpus),
+        "activations": max(_activations(training, stage), _teacher_pass(training, stage)),
+        "teacher": _teacher(training, stage),
+        "loss": _loss(training, stage),
+    }
+
+
+def _share(size: int, gpus: int) -> int:
+    return -(-size // gpus)
+
+
+def _rows(stage: StageSection) -> int:
+    """Tokens of one pass."""
+    return stage.batch_size * stage.length
+
+
+def _activations(training: Training, stage: StageSection) -> int:
+    """What the student keeps for its backward pass, and the gradients inside the layer that is being gone back through.
+
+    With gradient checkpointing: the input of every layer, and one layer made again.
+    """
+    student = training.student
+    layers = [_layer_values(student, name, training.compute_size) for name in student.layers]
+    kept = sum(layers)
+    if stage.gradient_checkpointing:
+        kept = len(layers) * student.config.hidden_size * _MASTER + max(layers)
+    return _rows(stage) * (kept + max(layers))
+
+
+def _layer_values(model: ModelPlan, mixer: str, compute_size: int) -> int:
+    """Bytes a token that one layer keeps for its backward pass."""
+    config = model.config
+    # Before and after each norm in float32, and what products read of it.
+    stream = 2 * config.hidden_size * (2 * _MASTER + compute_size)
+    # Gate, its SiLU, up, product.
+    mlp = 4 * config.intermediate_size
+    if mixer in SOFTMAX_MIXERS:
+        heads = head_sizes(config, mixer)
+        # Queries and keys before and after rotation, values, what latents expand to, output.
+        mixed = heads.heads * (2 * heads.qk + heads.v) + heads.kv_heads * (2 * heads.qk + heads.v) + heads.expanded
+    else:
+        linear = linear_sizes(config, mixer)
+        # Inputs of the convolution and of the recurrence, the gate, the output before and after its norm.
+        mixed = linear.projected + linear.convolved + linear.head_inputs + 3 * linear.value_size
+    return stream + (mlp + mixed) * compute_size
+
+
+def _teacher_of(training: Training, stage: StageSection) -> ModelPlan:
+    return training.base if stage.objective == "layerwise" else training.teacher
+
+
+def _teacher_pass(training: Training, stage: StageSection) -> int:
+    """What the teacher's own pass takes; the student's has not begun then."""
+    config = _teacher_of(training, stage).config
+    return prefill_workspace(Chunk(config, stage.length, stage.batch_size, stage.length, training.compute_size))
+
+
+def _teacher(training: Training, stage: StageSection) -> int:
+    """Its weights, and what it hands over: final hidden states, or every layer's input and mixer output."""
+    teacher = _teacher_of(training, stage)
+    hidden = _rows(stage) * teacher.config.hidden_size
+    if stage.objective == "kl":
+        return _share(teacher.parameters * training.compute_size, training.gpus) + hidden * training.compute_size
+    # In float32, as stage 1 compares large values that differ little.
+    handed_over = len(teacher.layers) * hidden * (_MASTER + training.compute_size)
+    return _share(teacher.parameters * _MASTER, training.gpus) + handed_over
+
+
+def _loss(training: Training, stage: StageSection) -> int:
+    """Workspace of the loss, and the gradients that it makes before the backward pass."""
+    config = training.student.config
+    hidden = _rows(stage) * config.hidden_size
+    if stage.objective == "layerwise":
+        # Of each replaced layer: outputs of layer and mixer, and their differences in float32.
+        replaced = sum(mixer_class(name).replaces_attention for name in training.student.layers)
+        return replaced * hidden * (_MASTER + training.compute_size + 2 * _MASTER)
+    rows = min(_LOSS_ROWS, _rows(stage))
+    logits = rows * config.vocab_size * (_LOGIT_BYTES + training.compute_size)
+    # The head as products read it and its gradient in float32; the gradient of the hidden states.
+    head = training.student.head_parameters * (training.compute_size + _MASTER)
+    return logits + head + hidden * _MASTER
+
+
+def fits(training: Training, stage: StageSection) -> bool:
+    """Whether a GPU of `gpu_memory` holds it."""
+    assert training.gpu_memory is not None
+    return sum(training_memory(training, stage).values()) <= training.gpu_memory - RESERVED_BYTES
+
+
+def remedies(training: Training, stage: StageSection) -> list[str]:
+    """What would make a stage fit, each by itself and tried; empty where it fits or nothing does."""
+    return [] if fits(training, stage) else list(_remedies(training, stage))
+
+
+def _remedies(training: Training, stage: StageSection) -> Iterator[str]:
+    checkpointed = stage.model_copy(update={"gradient_checkpointing": True})
+    if not stage.gradient_checkpointing and fits(training, checkpointed):
+        yield "gradient_checkpointing: true"
+    for batch in range(stage.batch_size - 1, 0, -1):
+        if fits(training, checkpointed.model_copy(update={"batch_size": batch})):
+            accumulation = -(-stage.batch_size * stage.accumulation // batch)
+            with_checkpoints = "" if stage.gradient_checkpointing else ", gradient_checkpointing: true"
+            yield f"batch_size: {batch}, accumulation: {accumulation}{with_checkpoints}"
+            break
+    gpus = training.gpus
+    while (gpus := 2 * gpus) <= _MOST_GPUS:
+        if fits(replace(training, gpus=gpus), checkpointed):
+            yield f"--gpus {gpus}" + ("" if stage.gradient_checkpointing else " and gradient_checkpointing: true")
+            break
+    length = stage.length
+    while (length := length // 2) > 1:
+        if fits(training, checkpointed.model_copy(update={"length": length})):
+            yield f"length: at most {format_tokens(length)}"
+            break

@@ -1,0 +1,181 @@
+"""MLA from attention: joint low rank of keys and values, rotary pairs kept whole."""
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hylo.config import HyLoConfig
+from hylo.errors import HyLoError
+from hylo.mixers.mla import MLAGeometry
+from hylo.upcycle.initialise.low_rank import low_rank
+from hylo.upcycle.initialise.rules import Rule, copied, output_bias
+from hylo.upcycle.initialise.source import SourceAttention, fold_sources
+
+
+class LatentDecomposition:
+    """MLA's matrices from attention's (arXiv 2503.11132, section 3), rotary pairs kept whole.
+
+    The rotary values of a head are the pairs (i, i + hd/2) for i in `rope_pairs`, the others lose their rotation. Let
+    K_n be the rows of W_k without rotation; [K_n; V] = U S R^T truncated to rank r gives kv_b = U S^1/2 and the latent
+    rows S^1/2 R^T. The shared rotary key is the mean of the KV heads' rotary rows.
+    """
+
+    def __init__(self, source: SourceAttention, geometry: MLAGeometry) -> None:
+        self.source = source
+        self.geometry = geometry
+        head_dim = source.config.head_dim
+        pairs = list(geometry.rope_pairs or range(0, head_dim // 2, head_dim // geometry.qk_rope_head_dim))
+        # Slow pairs turn least over a context, so they are the ones to keep where not all fit.
+        rest = [pair for pair in reversed(range(head_dim // 2)) if pair not in pairs][: geometry.qk_nope_head_dim // 2]
+        rest = sorted(rest)
+        self.rope_rows = pairs + [pair + head_dim // 2 for pair in pairs]
+        self.nope_rows = rest + [pair + head_dim // 2 for pair in rest]
+
+    @cached_property
+    def query(self) -> Tensor:
+        """`[H * (nope + rope), d]`, so scaled that the softmax scale of the new head size gives the base's scores.
+
+        A norm after it would take a scale away: it then stands in the norm's weight.
+        """
+        factor = 1.0 if self.source.config.qk_norm else self._score_scale
+        return (self.source.query[:, self.nope_rows + self.rope_rows] * factor).flatten(0, 1)
+
+    @property
+    def query_bias(self) -> Tensor:
+        """`[H * (nope + rope)]`."""
+        return (self.source.query_bias[:, self.nope_rows + self.rope_rows] * self._score_scale).flatten()
+
+    @property
+    def query_norm(self) -> Tensor:
+        """`[nope + rope]`."""
+        return self.source.raw("q_norm").float()[self.nope_rows + self.rope_rows] * self._score_scale
+
+    @property
+    def key_norm(self) -> Tensor:
+        """`[nope + rope]`."""
+        return self.source.raw("k_norm").float()[self.nope_rows + self.rope_rows]
+
+    @property
+    def _score_scale(self) -> float:
+        return math.sqrt(self.geometry.qk_head_dim / self.source.config.head_dim)
+
+    @property
+    def key(self) -> Tensor:
+        """`[Hkv, hd, d]`, a norm of the base folded in unless the mixer has it too."""
+        return self.source.key if self.geometry.key_norm else self.source.folded_key
+
+    @cached_property
+    def _query_factors(self) -> tuple[Tensor, Tensor]:
+        assert self.geometry.q_lora_rank is not None
+        return low_rank(self.query, self.geometry.q_lora_rank)
+
+    @property
+    def query_up(self) -> Tensor:
+        return self._query_factors[0]
+
+    @property
+    def query_down(self) -> Tensor:
+        return self._query_factors[1]
+
+    @cached_property
+    def _latent_factors(self) -> tuple[Tensor, Tensor]:
+        rows = torch.cat([self.key[:, self.nope_rows], self.source.value], dim=1).flatten(0, 1)
+        return low_rank(rows, self.geometry.kv_lora_rank)
+
+    @property
+    def latent_up(self) -> Tensor:
+        """kv_b, `[Hkv * (nope + v), r]`."""
+        return self._latent_factors[0]
+
+    @property
+    def latent_down_and_rotary_key(self) -> Tensor:
+        """kv_a, `[r + rope, d]`."""
+        return torch.cat([self._latent_factors[1], self.key[:, self.rope_rows].mean(0)])
+
+    @property
+    def rotary_key_bias(self) -> Tensor:
+        """kv_a's, `[r + rope]`: the latent needs none."""
+        rotary = self.source.key_bias[:, self.rope_rows].mean(0)
+        return torch.cat([torch.zeros(self.geometry.kv_lora_rank), rotary])
+
+
+def mla_rules(config: HyLoConfig) -> Mapping[str, Rule]:
+    geometry = config.geometry("mla")
+    assert isinstance(geometry, MLAGeometry)
+    _check(geometry, config)
+    rank = geometry.kv_lora_rank
+    key_sources = ("k_proj",) if geometry.key_norm else fold_sources(config, "k_proj", "k_norm")
+    folded = "; key norm folded in" if len(key_sources) > 1 else ""
+    last = "q_proj" if geometry.q_lora_rank is None else "q_b_proj"
+    regrouped = "rows regrouped: nope, rope"
+    if geometry.q_lora_rank is None:
+        rules = {"q_proj.weight": Rule("copied", ("q_proj",), regrouped, lambda s, _: _latent(s).query)}
+    else:
+        note = f"low rank, {geometry.q_lora_rank}"
+        rules = {
+            "q_a_proj.weight": Rule("decomposed", ("q_proj",), note, lambda s, _: _latent(s).query_down),
+            "q_b_proj.weight": Rule("decomposed", ("q_proj",), note, lambda s, _: _latent(s).query_up),
+        }
+    rules |= {
+        "kv_a_proj_with_mqa.weight": Rule(
+            "decomposed",
+            (*key_sources, "v_proj"),
+            f"joint low rank, {rank}; rotary key: mean over KV heads, pairs whole{folded}",
+            lambda s, _: _latent(s).latent_down_and_rotary_key,
+        ),
+        "kv_b_proj.weight": Rule(
+            "decomposed",
+            (*key_sources, "v_proj"),
+            f"joint low rank, {rank}{folded}",
+            lambda s, _: _latent(s).latent_up,
+        ),
+        "o_proj.weight": copied("o_proj"),
+    }
+    if config.attention_bias:
+        rules |= {
+            f"{last}.bias": Rule("copied", ("q_proj.bias",), regrouped, lambda s, _: _latent(s).query_bias),
+            "kv_a_proj_with_mqa.bias": Rule(
+                "copied",
+                ("k_proj.bias",),
+                "of the rotary key, mean over KV heads; that of the others cancels in the softmax",
+                lambda s, _: _latent(s).rotary_key_bias,
+            ),
+        }
+    if config.qk_norm:
+        rules["q_norm.weight"] = Rule("copied", ("q_norm",), regrouped, lambda s, _: _latent(s).query_norm)
+    if geometry.key_norm:
+        rules["k_norm.weight"] = Rule("copied", ("k_norm",), regrouped, lambda s, _: _latent(s).key_norm)
+    return rules | output_bias(config, "o_proj.bias")
+
+
+def _latent(source: SourceAttention) -> LatentDecomposition:
+    """The layer's decomposition, made once for the tensors that share it."""
+    geometry = source.config.geometry("mla")
+    assert isinstance(geometry, MLAGeometry)
+    return source.shared(LatentDecomposition, lambda: LatentDecomposition(source, geometry))
+
+
+def _check(geometry: MLAGeometry, config: HyLoConfig) -> None:
+    if geometry.key_norm and not config.qk_norm:
+        raise HyLoError("geometry of mla: key_norm is true; the base has no norm of its keys")
+    head_dim, heads = config.head_dim, config.num_key_value_heads
+    if geometry.v_head_dim != head_dim:
+        raise HyLoError(f"geometry of mla: v_head_dim is {geometry.v_head_dim}; the base's heads have {head_dim}")
+    if geometry.qk_head_dim > head_dim or geometry.qk_nope_head_dim % 2:
+        raise HyLoError(
+            f"geometry of mla: nope {geometry.qk_nope_head_dim} and rope {geometry.qk_rope_head_dim}; expected even "
+            f"sizes that together are at most the base's head size, {head_dim}"
+        )
+    if geometry.rope_pairs is None and head_dim % geometry.qk_rope_head_dim:
+        raise HyLoError(f"geometry of mla: rope {geometry.qk_rope_head_dim} does not divide the head size, {head_dim}")
+    if geometry.rope_pairs is not None and not all(0 <= pair < head_dim // 2 for pair in geometry.rope_pairs):
+        raise HyLoError(f"geometry of mla: rope_pairs {geometry.rope_pairs}; expected 0 to {head_dim // 2 - 1}")
+    full = min(heads * (geometry.qk_nope_head_dim + head_dim), config.hidden_size)
+    if geometry.kv_lora_rank > full:
+        raise HyLoError(f"geometry of mla: kv_lora_rank is {geometry.kv_lora_rank}; keys and values have rank {full}")
+    query = min(config.num_attention_heads * geometry.qk_head_dim, config.hidden_size)
+    if geometry.q_lora_rank is not None and geometry.q_lora_rank > query:
+        raise HyLoError(f"geometry of mla: q_lora_rank is {geometry.q_lora_rank}; the query map has rank {query}")

@@ -1,0 +1,157 @@
+"""The cache: what it holds, where it holds it, and that generation with it is generation without it."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from differentiate import with_gradients
+from tiny import HYBRIDS, random_hybrid, random_ids
+from torch import Tensor
+from torch.nn import functional
+
+from hylo import HyLoForCausalLM
+from hylo.cache import HyLoCache, ReservedLayer, make_cache
+
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 6}
+
+
+@pytest.fixture(params=HYBRIDS)
+def model(request: pytest.FixtureRequest) -> HyLoForCausalLM:
+    return random_hybrid(**HYBRIDS[request.param])
+
+
+def reserved_layers(cache: HyLoCache) -> list[ReservedLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, ReservedLayer)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_holds_what_the_config_counts(model: HyLoForCausalLM, dtype: torch.dtype) -> None:
+    """To the byte, in storage that was reserved once: the last new token is not read again."""
+    model.to(dtype)
+    out = model.generate(random_ids(3, 30), **GREEDY, return_dict_in_generate=True)
+    cache, tokens = out.past_key_values, 30 + 6 - 1
+    assert type(cache) is HyLoCache
+    assert cache.get_seq_length() == tokens
+    assert cache.token_bytes() == 3 * model.config.cache_bytes(tokens, dtype.itemsize)
+    assert cache.state_bytes() == 3 * model.config.state_bytes(dtype.itemsize)
+    for layer in reserved_layers(cache):
+        assert [storage.shape[-2] for storage in layer._storage] == [tokens, tokens]
+
+
+# Less than a convolution's taps; a remainder of one token; more than the prompt.
+@pytest.mark.parametrize("chunk", [1, 2, 7, 50])
+def test_prefill_in_chunks_changes_no_token(model: HyLoForCausalLM, chunk: int) -> None:
+    ids = random_ids(2, 22)
+    expected = model.generate(ids, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    result = model.generate(ids, **GREEDY, output_logits=True, return_dict_in_generate=True, prefill_chunk_size=chunk)
+    assert torch.equal(result.sequences, expected.sequences)
+    torch.testing.assert_close(result.logits, expected.logits, rtol=0, atol=1e-4)
+    assert result.past_key_values.get_seq_length() == 22 + 6 - 1
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+def test_prefill_in_chunks_with_left_padding(model: HyLoForCausalLM, chunk: int) -> None:
+    """Chunks that are all padding included."""
+    lengths, width = (3, 15, 9), 15
+    prompts = [random_ids(1, length) for length in lengths]
+    ids = torch.cat([functional.pad(prompt, (width - prompt.shape[1], 0), value=7) for prompt in prompts])
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
+    together = model.generate(ids, attention_mask=mask, **GREEDY, prefill_chunk_size=chunk)[:, width:]
+    for prompt, tokens in zip(prompts, together, strict=True):
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)
+        assert torch.equal(alone[0, prompt.shape[1] :], tokens)
+
+
+def test_beams_with_a_cache_are_those_without(model: HyLoForCausalLM) -> None:
+    ids = random_ids(2, 9)
+    options = GREEDY | {"num_beams": 3, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("pieces", [[9], [5, 4], [7, 1, 1]])
+def test_gradients_flow_through_a_cache(model: HyLoForCausalLM, pieces: list[int]) -> None:
+    parameters = dict(model.named_parameters())
+    ids = random_ids(2, 9)
+    expected = with_gradients([model(ids, use_cache=False).logits], parameters)
+    cache = make_cache(model.config, reserve=9)
+    logits = [model(piece, past_key_values=cache).logits for piece in ids.split(pieces, dim=1)]
+    results = with_gradients([torch.cat(logits, dim=1)], parameters)
+    for name, value in expected.items():
+        assert (results[name] - value).norm() <= 1e-5 * value.norm() + 1e-6, name
+
+
+@torch.no_grad()
+def test_a_reset_cache_is_an_empty_one(model: HyLoForCausalLM) -> None:
+    cache = make_cache(model.config)
+    first, second = random_ids(1, 9), random_ids(1, 12)
+    model(first, past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(model(second, past_key_values=cache).logits, model(second).logits, rtol=0, atol=1e-5)
+    assert cache.get_seq_length() == 12
+
+
+def appended(layer: ReservedLayer, pieces: list[tuple[Tensor, Tensor]]) -> list[int]:
+    """Appends; returns where the keys lay after each piece."""
+    places = []
+    for key, value in pieces:
+        layer.update(key, value)
+        places.append(layer.keys.data_ptr())
+    return places
+
+
+@pytest.mark.parametrize("values", [0, 4])
+@pytest.mark.parametrize("capacity", [0, 10, 60, 100])
+def test_layer_appends_in_place(capacity: int, values: int) -> None:
+    """Within what was reserved nothing moves; beyond it storage grows by an eighth, seldom."""
+    layer = ReservedLayer(capacity)
+    pieces = [(torch.randn(2, 2, n, 3), torch.randn(2, 2, n, values)) for n in [9, *[1] * 51]]
+    places = appended(layer, pieces)
+    for held, new in zip((layer.keys, layer.values), zip(*pieces, strict=True), strict=True):
+        assert torch.equal(held, torch.cat(new, dim=-2))
+    moves = sum(a != b for a, b in pairwise(places))
+    assert moves == 0 if capacity >= 60 else 1 < moves <= 15
+    assert layer.get_seq_length() == 60
+    if capacity >= 60:
+        assert layer._storage[0].shape[-2] == capacity
+
+
+def test_layer_goes_on_after_beams_are_reordered() -> None:
+    layer = ReservedLayer(20)
+    before, after = (torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4)), (torch.randn(3, 2, 1, 4),) * 2
+    layer.update(*before)
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    keys, _ = layer.update(*after)
+    assert torch.equal(keys, torch.cat([before[0][[2, 0, 0]], after[0]], dim=-2))
+
+
+@pytest.mark.parametrize("selected", [torch.tensor([1]), slice(0, 1)], ids=["copied", "viewed"])
+def test_layer_goes_on_with_fewer_sequences(selected: Any) -> None:
+    layer = ReservedLayer(20)
+    before, after = torch.randn(3, 2, 5, 4), torch.randn(1, 2, 1, 4)
+    layer.update(before, before)
+    layer.batch_select_indices(selected)
+    keys, _ = layer.update(after, after)
+    assert torch.equal(keys, torch.cat([before[selected], after], dim=-2))
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_layer_goes_on_after_a_crop(kept: int) -> None:
+    layer = ReservedLayer(20)
+    before, after = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 2, 4)
+    layer.update(before, before)
+    layer.crop(kept - 5)
+    assert layer.get_seq_length() == kept
+    keys, values = layer.update(after, after)
+    assert torch.equal(keys, torch.cat([before[:, :, :kept], after], dim=-2))
+    assert torch.equal(values, keys)
+
+
+def test_layer_writes_over_nothing_that_a_backward_pass_reads() -> None:
+    layer = ReservedLayer(20)
+    x = torch.randn(1, 1, 2, 3, requires_grad=True)
+    loss = sum(layer.update(x * i, x)[0].square().sum() for i in (1.0, 2.0))
+    loss.backward()
+    # The first x stands in both sums, the second in one.
+    torch.testing.assert_close(x.grad, 2 * x * (1 + 1 + 4))
