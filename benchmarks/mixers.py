@@ -49,7 +49,8 @@ def called(mixer: nn.Module, tokens: int) -> Layer:
 
 def cases(tokens: int) -> dict[str, Callable[[], tuple[Layer, nn.Module, dict[str, tuple[Layer, nn.Module]], bool]]]:
     """By name: our layer, its peers, and whether the first peer has the same weights."""
-    from fla.layers import GatedDeltaNet, KimiDeltaAttention, SimpleGatedLinearAttention
+    from fla.layers import GatedDeltaNet, KimiDeltaAttention
+    from fla.layers.simple_gla import SimpleGatedLinearAttention
 
     def same(mixer: nn.Module, peer: nn.Module, label: str) -> Any:
         peer = peer.to("cuda", torch.bfloat16)

@@ -216,10 +216,13 @@ class Base:
         """One tensor. Raises HyLoError where the base lacks it."""
         if name not in self._file_of:
             raise HyLoError(f"{self.folder} has no tensor {name}; its weights do not fit its config.json")
+        file = self._file_of[name]
         try:
-            return self._handle(self._file_of[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise HyLoError(f"{self._file_of[name]}: cannot read {name}: {error}") from None
+            # Opened anew: what one mapping has read stays in the process's memory until the mapping is closed.
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise HyLoError(f"{file}: cannot read {name}: {error}") from None
 
 
 # What a checkpoint carries beside its weights and config.

@@ -1,8 +1,8 @@
 """Conversion as spec, plan, execution.
 
 The spec is a base, a layout and a geometry. The plan says for every tensor of the hybrid what is done to make it, and
-can be shown without reading a weight. The execution makes the tensors shard by shard, so that no more than a shard is
-in memory, and the checkpoint appears whole or not at all.
+can be shown without reading a weight. The execution makes and writes the tensors one by one, so that no more than one
+layer's attention is in memory, and the checkpoint appears whole or not at all.
 """
 
 import json
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -27,9 +26,10 @@ from hylo.upcycle.families import hybrid_config
 from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention
 from hylo.upcycle.initialise.source import tensor_name
 from hylo.upcycle.layout import format_layout, parse_layout
+from hylo.upcycle.stream import TensorInfo, TensorWriter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SHARD_BYTES = 2 * 2**30
+_SHARD_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,12 @@ def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:
     with bar("convert", len(plan.tensors), "tensors") as shown:
         for number, shard in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            made: dict[str, Tensor] = {}
-            for tensor in shard:
-                # A copy: two tensors may be made from one, and safetensors stores no shared memory.
-                made[tensor.name] = _make(tensor, plan, base, layers).to(plan.dtype, copy=True).contiguous()
-                shown.advance(1)
-            save_file(made, folder / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(made, file))
+            announced = {tensor.name: TensorInfo(tensor.shape, plan.dtype) for tensor in shard}
+            with TensorWriter(folder / file, announced) as writer:
+                for tensor in shard:
+                    writer.write(tensor.name, _make(tensor, plan, base, layers).to(plan.dtype))
+                    shown.advance(1)
+            weight_map.update(dict.fromkeys(announced, file))
     if len(shards) > 1:
         size = plan.parameters * plan.dtype.itemsize
         write_json(
