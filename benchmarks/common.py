@@ -49,10 +49,19 @@ def circumstances() -> dict[str, Any]:
         gpu = {"name": properties.name, "memory_bytes": properties.total_memory}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "gpu": gpu,
         "versions": versions,
     }
+
+
+def _command() -> str:
+    """As typed in the repository's root, without where the result was put."""
+    script, *arguments = sys.argv
+    if "--output" in arguments:
+        place = arguments.index("--output")
+        del arguments[place : place + 2]
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *arguments])
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

@@ -109,12 +109,10 @@ class GatedDeltaNet(LinearMixer):
     ) -> Tensor:
         sizes = self.geometry
         x = without_padding(hidden_states, attention_mask)
-        inputs = torch.cat([proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        if attention_mask is not None and self.q_proj.bias is not None:
-            inputs = without_padding(inputs, attention_mask)
-        taps = torch.cat([conv.weight[:, 0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])
-        mixed, state = self._convolve(inputs, taps, None, past_key_values, cu_seqlens)
-        q, k, v = mixed.split([sizes.key_size, sizes.key_size, sizes.value_size], dim=-1)
+        # Once more after the projections: that of q may have a bias.
+        inputs = [without_padding(proj(x), attention_mask) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        taps = [conv.weight[:, 0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+        (q, k, v), state = self._convolve(inputs, taps, [None] * 3, past_key_values, cu_seqlens)
         output, state = gated_delta_net(
             q.unflatten(-1, (sizes.num_heads, -1)),
             k.unflatten(-1, (sizes.num_heads, -1)),

@@ -1,5 +1,6 @@
 """What the linear mixers share: a convolution before, a state of fixed size after, and how both are cached."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,20 +21,21 @@ class LinearMixer(TokenMixer):
 
     def _convolve(
         self,
-        inputs: Tensor,
-        taps: Tensor,
-        bias: Tensor | None,
+        inputs: Sequence[Tensor],
+        taps: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
         past_key_values: Cache | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The short convolution with SiLU, the cache's inputs before it, and the cached state to go on from.
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """The short convolution with SiLU of each input, the cache's inputs before it; and the state to go on from.
 
         Args:
-            inputs: `[B, T, C]`.
-            taps, bias: `[C, W]` and `[C]`.
+            inputs: of q, k and v, say: `[B, T, C]` each.
+            taps, biases: `[C, W]` and `[C]` each.
         """
         if past_key_values is None:
-            return short_convolution(inputs, taps, bias, cu_seqlens=cu_seqlens), None
+            parts = zip(inputs, taps, biases, strict=True)
+            return [short_convolution(x, w, b, cu_seqlens=cu_seqlens) for x, w, b in parts], None
         if cu_seqlens is not None:
             raise ValueError("packed documents cannot be cached; generate from one document a row")
         cached = past_key_values.layers[self.layer_idx]
@@ -44,8 +46,14 @@ class LinearMixer(TokenMixer):
             if torch.is_grad_enabled():
                 # What a backward pass will read must not be written over.
                 state = state.clone()
-        past_key_values.update_conv_state(inputs.transpose(1, 2), self.layer_idx, conv_kernel_size=taps.shape[-1] - 1)
-        return short_convolution(inputs, taps, bias, past=past), state
+        # The cache holds one row of inputs a token, and a single call decodes it.
+        joined, width = torch.cat(list(inputs), dim=-1), taps[0].shape[-1]
+        past_key_values.update_conv_state(joined.transpose(1, 2), self.layer_idx, conv_kernel_size=width - 1)
+        bias = None
+        if any(part is not None for part in biases):
+            bias = torch.cat([part for part in biases if part is not None])
+        mixed = short_convolution(joined, torch.cat(list(taps)), bias, past=past)
+        return list(mixed.split([x.shape[-1] for x in inputs], dim=-1)), state
 
     def _keep(self, state: Tensor | None, past_key_values: Cache | None) -> None:
         """Caches the state after the last token."""

@@ -116,31 +116,29 @@ class Mamba2(LinearMixer):
         **kwargs: Any,
     ) -> Tensor:
         sizes = self.geometry
-        z, inputs, dt = self.in_proj(hidden_states).split(
-            [sizes.inner_size, sizes.convolved_size, sizes.num_heads], dim=-1
-        )
-        inputs = without_padding(inputs, attention_mask)
-        mixed, state = self._convolve(
-            inputs.contiguous(), self.conv1d.weight[:, 0], self.conv1d.bias, past_key_values, cu_seqlens
-        )
+        parts = [sizes.group_size, sizes.group_size, sizes.inner_size]
+        z, x, B, C, dt = self.in_proj(hidden_states).split([sizes.inner_size, *parts, sizes.num_heads], dim=-1)
+        inputs = [without_padding(part, attention_mask) for part in (x, B, C)]
+        assert self.conv1d.bias is not None
+        taps, biases = self.conv1d.weight[:, 0].split(parts), self.conv1d.bias.split(parts)
+        mixed, state = self._convolve(inputs, taps, biases, past_key_values, cu_seqlens)
         # The convolution's bias would write what no token said.
-        mixed = without_padding(mixed, attention_mask)
-        x, B, C = mixed.split([sizes.group_size, sizes.group_size, sizes.inner_size], dim=-1)
-        groups = sizes.num_heads // sizes.num_kv_heads
-        x, B = (part.unflatten(-1, (sizes.num_kv_heads, -1)).repeat_interleave(groups, dim=2) for part in (x, B))
-        C = C.unflatten(-1, (sizes.num_heads, -1))
+        x, B, C = (without_padding(part, attention_mask) for part in mixed)
+        # Heads stand by the KV head that serves them, [B, T, Hkv, H / Hkv, D].
+        x, B = (part.unflatten(-1, (sizes.num_kv_heads, 1, -1)) for part in (x, B))
+        grouped = (sizes.num_kv_heads, sizes.num_heads // sizes.num_kv_heads)
         dt = functional.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
         y, state = gated_linear_attention(
-            C,
-            B,
-            (x * dt[..., None]).to(x.dtype),
+            C.unflatten(-1, (sizes.num_heads, -1)),
+            B.expand(-1, -1, *grouped, -1).flatten(2, 3),
+            (x * dt.unflatten(-1, grouped)[..., None]).to(x.dtype).flatten(2, 3),
             -self.A_log.to(dt.dtype).exp() * dt,
             state=state,
             return_state=past_key_values is not None,
             cu_seqlens=cu_seqlens,
         )
         self._keep(state, past_key_values)
-        y = (y + x * self.D[:, None]).to(x.dtype)
+        y = torch.addcmul(y.unflatten(2, grouped), x, self.D.to(y.dtype).view(*grouped, 1)).flatten(2, 3)
         return self.out_proj(self.norm(y, z.unflatten(-1, (sizes.num_heads, -1))).flatten(2))
 
     @property
