@@ -6,6 +6,7 @@ Weights are random, of the published geometry. The base is transformers' own Lla
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,23 @@ def run(model: PreTrainedModel, contexts: list[int], label: str, rows: list[dict
             break
 
 
+def check(rows: dict[int, dict[str, Any]]) -> None:
+    """Ends with an error where a claim does not hold, of those whose lengths were measured."""
+    short, long, million = rows.get(8 * 2**10), rows.get(64 * 2**10), rows.get(2**20)
+    wrong = [
+        f"{n}: peak {row['peak_over_plan']} of the plan"
+        for n, row in rows.items()
+        if abs(row["peak_over_plan"] - 1) > 0.1
+    ]
+    if short and long and long["decode_ms_per_token"] > 1.15 * short["decode_ms_per_token"]:
+        wrong.append("a token at 64K takes more than 1.15 times one at 8K")
+    key = "prefill_peak_beside_cache_bytes"
+    if long and million and million[key] > 1.3 * long[key]:
+        wrong.append("1M needs more than 1.3 times the memory of 64K, cache apart")
+    if wrong:
+        sys.exit("; ".join(wrong))
+
+
 def tokens(text: str) -> list[int]:
     units = {"K": 2**10, "M": 2**20}
     return [int(part.rstrip("KM")) * units.get(part[-1], 1) for part in text.split(",") if part]
@@ -140,6 +158,7 @@ def main() -> None:
         run(model, contexts, label, result[label], save)
         del model
         torch.cuda.empty_cache()
+    check({row["context"]: row for row in result["hybrid"] if "failed" not in row})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ path only with mamba-ssm, its MLA only with flash-attn; where those are missing,
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def cases(tokens: int) -> dict[str, Callable[[], tuple[Layer, nn.Module, dict[st
             qk_head_dim=128,
             layer_idx=0,
         ).to("cuda", torch.bfloat16)
-        return called(mixer, tokens), mixer, {label: (lambda x: peer(x)[0], peer)}, False
+        return called(mixer, tokens), mixer, {label: (lambda x: peer(x, None)[0], peer)}, False
 
     return {
         "gdn, 6 heads of 256/512, d 2048": gdn_published,
@@ -192,6 +193,10 @@ def main() -> None:
         write_result(arguments.output / f"{arguments.name}.json", result)
         del layer, module, peers, x, upstream
         torch.cuda.empty_cache()
+    rows = [value for row in result["layers"].values() for value in row.values() if isinstance(value, dict)]
+    slower = [row["ratio"] for row in rows if row.get("ratio", 0) > 1.05]
+    if slower:
+        sys.exit(f"slower than 1.05 times a peer: {slower}")
 
 
 if __name__ == "__main__":

@@ -53,10 +53,6 @@ class ReservedLayer(DynamicLayer):
             return False
         return self.keys.data_ptr() == self._storage[0].data_ptr() or self.keys.shape[-2] == 0
 
-    def reset(self) -> None:
-        self._storage = []
-        super().reset()
-
 
 class HyLoCache(DynamicCache):
     """A cache for a model of this configuration.
@@ -65,8 +61,11 @@ class HyLoCache(DynamicCache):
         reserve: tokens to make room for; more may come.
     """
 
+    layers: list[Any]
+
     def __init__(self, config: HyLoConfig, reserve: int = 0) -> None:
         super().__init__(config=config)
+        self._made_with = (config, reserve)
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[i] = ReservedLayer(reserve)
@@ -78,7 +77,8 @@ class HyLoCache(DynamicCache):
         return super().get_seq_length(layer_idx) if self._attends else self.seen
 
     def reset(self) -> None:
-        super().reset()
+        """Empties it: layers are made anew, since some versions of transformers keep the length of those they clear."""
+        self.layers = HyLoCache(*self._made_with).layers
         self.seen = 0
 
     @property

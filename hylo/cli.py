@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints. What it does is in the modules it calls."""
 
 import json
+import os
 import signal
 import sys
 from enum import StrEnum
@@ -61,10 +62,10 @@ def options(
     ] = None,
 ) -> None:
     """What holds for every command."""
-    if kernels is not None:
-        from hylo.ops.kernels import set_kernels
+    if kernels is not None or os.environ.get("HYLO_KERNELS"):
+        from hylo.ops.kernels import chosen_kernels, set_kernels
 
-        set_kernels(kernels.value)
+        set_kernels(kernels.value if kernels is not None else chosen_kernels())
 
 
 BASE_HELP = "A model folder, a hub id, a .gguf file, or package:NAME for a GGUF that an installed package carries."

@@ -18,7 +18,7 @@ from hylo.cache import HyLoCache, make_cache
 from hylo.config import HyLoConfig
 from hylo.mixers import TokenMixer, mixer_class
 from hylo.mixers.rotary import RotaryEmbedding
-from hylo.ops.packing import document_offsets
+from hylo.ops.packing import document_offsets, left_padding
 
 
 class HyLoDecoderLayer(GradientCheckpointingLayer):
@@ -75,12 +75,13 @@ class HyLoPreTrainedModel(PreTrainedModel):
 
 @dataclass(frozen=True)
 class MixingContext:
-    """What the layers of one call share: masks by layer type, cos and sin by mixer, and the offsets of documents."""
+    """What the layers of one call share: masks by layer type, cos and sin by mixer, offsets of documents, padding."""
 
     layer_types: list[str]
     masks: dict[str, Tensor | None]
     positions: dict[str, tuple[Tensor, Tensor]]
     cu_seqlens: Tensor | None = None
+    left_padding: list[int] | None = None
 
     def arguments(self, mixer: TokenMixer) -> dict[str, Any]:
         """The keyword arguments for one mixer (or the layer that holds it)."""
@@ -88,6 +89,7 @@ class MixingContext:
             "position_embeddings": self.positions.get(mixer.name),
             "attention_mask": self.masks[self.layer_types[mixer.layer_idx]],
             "cu_seqlens": self.cu_seqlens,
+            "left_padding": self.left_padding,
         }
 
 
@@ -156,15 +158,21 @@ class HyLoModel(HyLoPreTrainedModel):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
-        if cu_seqlens is None and "full_attention" in attends and (attention_mask is not None or continued or not sdpa):
-            masks["full_attention"] = create_causal_mask(**arguments)
+        # Left padding of a continued prompt is a number a row: no mask over the past is needed to tell it.
+        padding = left_padding(attention_mask) if sdpa and seen > 0 and length > 1 and not continued else None
+        told = attention_mask is None or padding is not None
+        if cu_seqlens is None and "full_attention" in attends and (not told or continued or not sdpa):
+            masks["full_attention"] = create_causal_mask(**arguments, layer_idx=layer_types.index("full_attention"))
         if cu_seqlens is None and "sliding_attention" in attends:
-            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+            masks["sliding_attention"] = create_sliding_window_causal_mask(
+                **arguments, layer_idx=layer_types.index("sliding_attention")
+            )
         return MixingContext(
             layer_types=layer_types,
             masks=masks,
             positions={name: rotary(inputs_embeds, position_ids) for name, rotary in self.rotary_embeddings.items()},
             cu_seqlens=cu_seqlens,
+            left_padding=padding,
         )
 
     @merge_with_config_defaults
@@ -192,10 +200,18 @@ class HyLoModel(HyLoPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         shape = inputs_embeds.shape
+        # transformers' collators name the offsets so, beside others that follow from them.
+        cu_seqlens = kwargs.pop("cu_seq_lens_q", cu_seqlens)
+        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+            kwargs.pop(name, None)
+        packed = cu_seqlens is not None or position_ids is not None
+        if packed and past_key_values is None and attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
         if cu_seqlens is None and position_ids is not None and attention_mask is None and past_key_values is None:
             offsets = document_offsets(position_ids.expand(shape[:2]))
             cu_seqlens = offsets if len(offsets) > shape[0] + 1 else None
         if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(inputs_embeds.device, torch.int32)
             _check_packed(cu_seqlens, shape, attention_mask, past_key_values)
             use_cache = False
             inputs_embeds = inputs_embeds.reshape(1, -1, shape[-1])
@@ -203,6 +219,8 @@ class HyLoModel(HyLoPreTrainedModel):
                 position_ids = cast(torch.LongTensor, position_ids.expand(shape[:2]).reshape(1, -1))
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
+        if past_key_values is not None and len(past_key_values.layers) != self.config.num_hidden_layers:
+            raise ValueError("expected a cache of this model, such as hylo.cache.make_cache(config) makes")
 
         context = self.mixing_context(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seqlens)
         hidden_states = inputs_embeds
@@ -242,6 +260,8 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         self.model = HyLoModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # A state cannot be taken back: transformers then refuses to generate from guesses.
+        self._is_stateful = "linear_attention" in config.layer_types
         self.post_init()
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
@@ -253,11 +273,9 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         def setting(name: str) -> Any:
             return kwargs[name] if name in kwargs else getattr(settings, name, None)
 
-        own_cache = (
-            setting("use_cache") is not False
-            and setting("cache_implementation") is None
-            and kwargs.get("past_key_values") is None
-        )
+        if setting("cache_implementation") is not None:
+            raise ValueError("cache_implementation: a hybrid has a cache of its own; leave it out")
+        own_cache = setting("use_cache") is not False and kwargs.get("past_key_values") is None
         if own_cache and input_ids is not None:
             length = input_ids.shape[1]
             new_tokens = setting("max_new_tokens") or max(0, (setting("max_length") or 0) - length)

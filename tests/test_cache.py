@@ -9,6 +9,7 @@ from differentiate import with_gradients
 from tiny import HYBRIDS, random_hybrid, random_ids
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache
 
 from hylo import HyLoForCausalLM
 from hylo.cache import HyLoCache, ReservedLayer, make_cache
@@ -155,3 +156,45 @@ def test_layer_writes_over_nothing_that_a_backward_pass_reads() -> None:
     loss.backward()
     # The first x stands in both sums, the second in one.
     torch.testing.assert_close(x.grad, 2 * x * (1 + 1 + 4))
+
+
+@pytest.mark.parametrize("mixers", [["attention"], ["mla"], ["mla", "gdn", "mamba2"]])
+def test_left_padding_needs_no_mask_over_the_past(mixers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded prompt in chunks goes block by block as any other, and gives what a mask gives."""
+    model = random_hybrid(mixers)
+    ids, mask = random_ids(3, 40), torch.ones(3, 40, dtype=torch.long)
+    for row, padding in enumerate((0, 5, 23)):
+        mask[row, :padding] = 0
+    monkeypatch.setattr("hylo.mixers.softmax.KEY_BLOCK", 7)
+
+    @torch.no_grad()
+    def in_chunks() -> Tensor:
+        cache, logits = make_cache(model.config), []
+        for begin in range(0, 40, 10):
+            seen = begin + 10
+            part = ids[:, begin:seen]
+            logits.append(model(part, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+        return torch.cat(logits, dim=1)
+
+    blocks = in_chunks()
+    monkeypatch.setattr("hylo.modeling.left_padding", lambda _: None)
+    masked = in_chunks()
+    real = mask.bool()
+    assert (blocks - masked)[real].abs().max() < 1e-4 * masked.abs().max()
+
+
+def test_generation_from_guesses_is_refused_where_a_state_cannot_be_taken_back() -> None:
+    ids = random_ids(1, 12)
+    with pytest.raises(ValueError, match=r"[Aa]ssisted|stateful"):
+        random_hybrid(["gdn", "attention"]).generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4)
+    model = random_hybrid(["mla"])
+    guessed = model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=8, do_sample=False)
+    assert torch.equal(guessed, model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_a_cache_of_another_kind_is_refused() -> None:
+    model = random_hybrid(["mla", "gdn"])
+    with pytest.raises(ValueError, match="make_cache"):
+        model(random_ids(1, 5), past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(random_ids(1, 5), cache_implementation="static", max_new_tokens=2)

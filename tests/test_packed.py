@@ -110,6 +110,21 @@ def test_offsets_that_do_not_fit_are_refused(offsets: list[Any]) -> None:
 @pytest.mark.parametrize("also", ["attention_mask", "past_key_values"])
 def test_packed_documents_take_neither_mask_nor_cache(also: str) -> None:
     model = random_hybrid(["gdn", "attention"])
-    given = {"attention_mask": torch.ones(1, 6, dtype=torch.long), "past_key_values": make_cache(model.config)}
+    given = {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]]), "past_key_values": make_cache(model.config)}
     with pytest.raises(ValueError, match=r"cu_seqlens.*take neither"):
         model(random_ids(1, 6), cu_seqlens=torch.tensor([0, 2, 6]), **{also: given[also]})
+
+
+@pytest.mark.parametrize("name", ["attention", "mla", "gdn", "mamba2", "kda"])
+def test_a_mask_that_hides_nothing_changes_nothing(name: str) -> None:
+    model = random_hybrid([name])
+    ids, positions = random_ids(1, 20), torch.tensor([[*range(8), *range(12)]])
+    alone = model(ids, position_ids=positions).logits
+    assert torch.equal(model(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits, alone)
+
+
+def test_offsets_by_the_name_that_transformers_collators_use() -> None:
+    model = random_hybrid(["mla", "gdn"])
+    ids, offsets = random_ids(1, 20), torch.tensor([0, 8, 20], dtype=torch.int32)
+    flash = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 12, "max_length_k": 12}
+    assert torch.equal(model(ids, **flash).logits, model(ids, cu_seqlens=offsets).logits)

@@ -77,3 +77,20 @@ def test_calibration_of_the_demo_layout(smollm2: Path, base: PreTrainedModel, tm
     assert after.kl < 0.4 * before.kl
     assert after.agreement > before.agreement
     assert after.perplexity < before.perplexity
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", ["KDA", "M2"])
+def test_one_linear_layer_in_a_real_model(block: str, smollm2: Path, base: PreTrainedModel, tmp_path: Path) -> None:
+    """One layer of thirty, calibrated on 2,048 tokens, costs less than 0.2 nats a token."""
+    convert_base(smollm2, tmp_path / "hybrid", f"{block}:13 ATT")
+    documents = read_documents(["python:topics"])
+    held_out = hold_out(documents, 0.1)
+    tokenizer = load_tokenizer(smollm2)
+    text = make_windows(without_overlap(documents, held_out), tokenizer, 512, limit_tokens=2048).batches(2)
+    unseen = make_windows(held_out, tokenizer, 512, limit_tokens=1024).batches(2)
+    student = load_model(tmp_path / "hybrid", torch.float32)
+    with autocast(default_device(), resolve_precision("auto")):
+        calibrate(student, base, text)
+        scores = evaluate(student, unseen, make_reference(base, unseen))
+    assert scores.kl < 0.2

@@ -51,6 +51,7 @@ class Attention(TokenMixer):
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
         cu_seqlens: Tensor | None = None,
+        left_padding: list[int] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         assert position_embeddings is not None
@@ -64,7 +65,11 @@ class Attention(TokenMixer):
             k, v = past_key_values.update(k, v, self.layer_idx)
         length, total = q.shape[2], k.shape[2]
         if attention_mask is None and 1 < length < total and not torch.is_grad_enabled():
-            heads = attend_in_blocks(self, q, total, lambda begin, end: (k[:, :, begin:end], v[:, :, begin:end]))
+
+            def cached(rows: slice, begin: int, end: int) -> tuple[Tensor, Tensor]:
+                return k[rows, :, begin:end], v[rows, :, begin:end]
+
+            heads = attend_in_blocks(self, q, total, cached, left_padding)
         else:
             heads = attend(self, q, k, v, attention_mask, cu_seqlens, **kwargs)
         return self.o_proj(heads.flatten(2))

@@ -138,7 +138,7 @@ class Mamba2(LinearMixer):
             cu_seqlens=cu_seqlens,
         )
         self._keep(state, past_key_values)
-        y = torch.addcmul(y.unflatten(2, grouped), x, self.D.to(y.dtype).view(*grouped, 1)).flatten(2, 3)
+        y = torch.addcmul(y.unflatten(2, grouped), x, self.D.view(*grouped, 1)).to(y.dtype).flatten(2, 3)
         return self.out_proj(self.norm(y, z.unflatten(-1, (sizes.num_heads, -1))).flatten(2))
 
     @property

@@ -129,6 +129,7 @@ class MultiHeadLatentAttention(TokenMixer):
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
         cu_seqlens: Tensor | None = None,
+        left_padding: list[int] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         assert position_embeddings is not None
@@ -143,7 +144,11 @@ class MultiHeadLatentAttention(TokenMixer):
         if past_key_values is not None and length == 1:
             heads = self._absorbed(query, cached, attention_mask)
         elif attention_mask is None and length < total and not torch.is_grad_enabled():
-            heads = attend_in_blocks(self, query, total, lambda begin, end: self._expanded(cached[:, begin:end]))
+
+            def expanded(rows: slice, begin: int, end: int) -> tuple[Tensor, Tensor]:
+                return self._expanded(cached[rows, begin:end])
+
+            heads = attend_in_blocks(self, query, total, expanded, left_padding)
         else:
             heads = attend(self, query, *self._expanded(cached), attention_mask, cu_seqlens, **kwargs)
         return self.o_proj(heads.flatten(2))
@@ -240,11 +245,11 @@ class MultiHeadLatentAttention(TokenMixer):
 
         The latent holds an eighth of the base's keys and values.
         """
-        rope = given.get("qk_rope_head_dim", head_dim // 2)
+        rope = given.get("qk_rope_head_dim", max(2, head_dim // 4 * 2))
         if not is_whole(rope, 2) or rope > head_dim:
             raise HyLoError(f"geometry of mla: qk_rope_head_dim is {rope!r}; expected 2 to the head size, {head_dim}")
         return {
-            "kv_lora_rank": max(8, num_kv_heads * head_dim // 4),
+            "kv_lora_rank": min(max(8, num_kv_heads * head_dim // 4), num_kv_heads * (2 * head_dim - rope)),
             "qk_nope_head_dim": head_dim - rope,
             "qk_rope_head_dim": rope,
             "v_head_dim": head_dim,

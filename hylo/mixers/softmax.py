@@ -1,6 +1,7 @@
 """What the softmax mixers, attention and MLA, share: one way to attend."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -66,21 +67,51 @@ def attend(
 
 
 def attend_in_blocks(
-    mixer: SoftmaxMixer, q: Tensor, total: int, keys_and_values: Callable[[int, int], tuple[Tensor, Tensor]]
+    mixer: SoftmaxMixer,
+    q: Tensor,
+    total: int,
+    keys_and_values: Callable[[slice, int, int], tuple[Tensor, Tensor]],
+    padding: list[int] | None = None,
 ) -> Tensor:
     """Causal attention of the last tokens of a sequence over all of it, `KEY_BLOCK` keys at a time. No gradients.
 
     Args:
         q: `[B, H, T, K]`, for the last T of `total` tokens.
-        keys_and_values: makes those of the tokens from `begin` to `end`, `[B, Hkv, end - begin, K or V]`.
+        keys_and_values: makes those of some rows, of the tokens from `begin` to `end`:
+            `[rows, Hkv, end - begin, K or V]`.
+        padding: how many tokens of padding each row begins with; their outputs are zero.
 
     Returns:
         `[B, T, H, V]`.
     """
+    if not padding or not any(padding):
+        return _attend_in_blocks(mixer, q, total, partial(keys_and_values, slice(None)), 0)
+    rows = []
+    for row, begin in enumerate(padding):
+        here = slice(row, row + 1)
+        # Queries that are padding themselves see nothing, and nothing sees them.
+        skipped = min(max(0, begin - (total - q.shape[2])), q.shape[2])
+        if skipped == q.shape[2]:
+            v_size = keys_and_values(here, total - 1, total)[1].shape[-1]
+            rows.append(q.new_zeros(1, q.shape[2], q.shape[1], v_size))
+            continue
+        heads = _attend_in_blocks(mixer, q[here, :, skipped:], total, partial(keys_and_values, here), begin)
+        rows.append(torch.nn.functional.pad(heads, (0, 0, 0, 0, skipped, 0)))
+    return torch.cat(rows)
+
+
+def _attend_in_blocks(
+    mixer: SoftmaxMixer,
+    q: Tensor,
+    total: int,
+    keys_and_values: Callable[[int, int], tuple[Tensor, Tensor]],
+    first: int,
+) -> Tensor:
+    """The same for rows whose tokens before `first` are padding."""
     past = total - q.shape[2]
     softmax = PartialSoftmax()
     softmax.add(*attention_with_lse(q, *keys_and_values(past, total), scale=mixer.scaling, causal=True))
-    for begin in range(0, past, KEY_BLOCK):
+    for begin in range(first, past, KEY_BLOCK):
         k, v = keys_and_values(begin, min(begin + KEY_BLOCK, past))
         softmax.add(*attention_with_lse(q, k, v, scale=mixer.scaling, causal=False))
     return softmax.result(q.dtype)

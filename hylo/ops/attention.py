@@ -55,6 +55,12 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal:
             return out[..., :v_size], lse.squeeze(-1)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
         return out[..., :v_size], lse
+    with torch.autocast(q.device.type, enabled=False):
+        return _plain_attention_with_lse(q, k, v, scale, causal)
+
+
+def _plain_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """The definition, some queries at a time."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -133,21 +139,21 @@ def shared_head_attention(
 
 def _split_attention(query: Tensor, key: Tensor, v_size: int, scale: float) -> Tensor:
     """The same, the past cut into blocks that are read in parallel and joined by their log-sum-exps."""
-    batch, length, _ = key.shape
+    length = key.shape[1]
     outputs, lses = [], []
     whole = length // DECODE_BLOCK
     for begin, blocks, size in ((0, whole, DECODE_BLOCK), (whole * DECODE_BLOCK, 1, length - whole * DECODE_BLOCK)):
         if not blocks or not size:
             continue
-        # Blocks stand where batches do, heads where queries do: [B * blocks, 1, size or H, K].
-        part = key[:, begin : begin + blocks * size].unflatten(1, (blocks, size)).flatten(0, 1)[:, None]
-        asked = query[:, None].expand(-1, blocks, -1, -1).flatten(0, 1)[:, None]
+        # Blocks stand where heads do, heads where queries do, [B, blocks, size or H, K]: views, whatever the batch.
+        part = key[:, begin : begin + blocks * size].unflatten(1, (blocks, size))
+        asked = query[:, None].expand(-1, blocks, -1, -1)
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
             asked, part, part[..., :v_size], None, True, scale=scale
         )[:2]
-        outputs.append(out[:, 0].unflatten(0, (batch, blocks)))
+        outputs.append(out)
         # The kernel pads the log-sum-exps of its queries.
-        lses.append(lse[:, 0, : query.shape[1]].unflatten(0, (batch, blocks)))
+        lses.append(lse[:, :, : query.shape[1]])
     out, lse = torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
     weights = lse.softmax(dim=1)[..., None]
     return (out * weights).sum(dim=1).to(query.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from hylo.errors import HyLoError, HyLoWarning
 
 Kernels = Literal["auto", "fla", "reference"]
-_INSTALL_FLA = "install it with: pip install 'hylo[gpu]'"
+_INSTALL_FLA = "install it with: pip install 'flash-linear-attention>=0.6,<0.7'"
 
 
 def _checked(choice: str) -> Kernels:
@@ -34,7 +34,7 @@ _choice: Kernels | None = None
 
 def chosen_kernels() -> Kernels:
     """The setting in force. Raises HyLoError where HYLO_KERNELS holds something else."""
-    return _choice or _checked(os.environ.get("HYLO_KERNELS", "auto"))
+    return _choice or _checked(os.environ.get("HYLO_KERNELS") or "auto")
 
 
 def set_kernels(choice: str) -> None:

@@ -11,7 +11,7 @@ chunks; `kimi_delta_attention` is what the layer calls, computed by fla where `h
 import torch
 from torch import Tensor
 
-from hylo.ops.gated_delta_rule import SHORT, recurrent_gated_delta_rule
+from hylo.ops.gated_delta_rule import FLA_MOST_KEYS, SHORT, recurrent_gated_delta_rule
 from hylo.ops.kernels import use_fla, will_differentiate
 from hylo.ops.linear_recurrence import (
     Chunks,
@@ -54,7 +54,7 @@ def kimi_delta_attention(
     Returns:
         outputs `[B, T, H, V]` in the dtype of v, and the state after the last token or None.
     """
-    if use_fla(v):
+    if k.shape[-1] <= FLA_MOST_KEYS and use_fla(v):
         from fla.ops.kda import chunk_kda, fused_recurrent_kda
 
         keep = return_state and cu_seqlens is None

@@ -38,3 +38,17 @@ def each_document(compute: Callable[..., Tensor], cu_seqlens: Tensor, *tensors: 
         compute(*(tensor.narrow(dim, begin, end - begin) for tensor in tensors)) for begin, end in spans(cu_seqlens)
     ]
     return torch.cat(results, dim=1)
+
+
+def left_padding(attention_mask: Tensor | None) -> list[int] | None:
+    """How many tokens of padding each row begins with; None where there is no mask, or padding elsewhere.
+
+    Args:
+        attention_mask: `[B, S]`, zero where padding.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    real = attention_mask.bool()
+    if bool((real[:, 1:] < real[:, :-1]).any()):
+        return None
+    return (~real).sum(-1).tolist()

@@ -11,7 +11,7 @@ from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
 from hylo.files import expand_user, read_json
 from hylo.upcycle.bases import resolve_base
-from hylo.upcycle.families import FAMILIES, check_family
+from hylo.upcycle.families import check_family, check_named_family
 
 
 def read_config(reference: str) -> PreTrainedConfig:
@@ -23,13 +23,7 @@ def read_config(reference: str) -> PreTrainedConfig:
         file = resolve_base(reference)
         return _load(file.parent, file, gguf_file=file.name)
     file = _config_file(reference)
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise HyLoError(f"{file}: expected a JSON object")
-    family = values.get("model_type")
-    # By name, before transformers is asked, which may not know it.
-    if family not in (*FAMILIES, HyLoConfig.model_type):
-        raise HyLoError(f"{file}: the {family!r} family is not supported; expected {', '.join(FAMILIES)}")
+    check_named_family(read_json(file), file, HyLoConfig.model_type)
     return _load(file, file)
 
 
@@ -55,7 +49,7 @@ def _load(path: Path, where: Path, **options: Any) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise HyLoError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+        raise HyLoError(f"{where}: {' '.join(str(error).split())}") from None
     if not isinstance(config, HyLoConfig):
         check_family(config, where)
     return config

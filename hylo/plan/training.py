@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from hylo.distill.recipe import StageSection
 from hylo.mixers import mixer_class
+from hylo.ops.linear_kl import workspace_bytes
 from hylo.plan.inference import RESERVED_BYTES
 from hylo.plan.model import ModelPlan
 from hylo.plan.quantities import format_tokens
@@ -17,10 +18,6 @@ from hylo.plan.workspace import SOFTMAX_MIXERS, Chunk, head_sizes, linear_sizes,
 
 _MASTER = 4
 _MOMENTS = 8
-# Rows of logits at a time on a GPU, and bytes of each logit there: two float32 log-softmaxes, the teacher's
-# probabilities, and a gradient in what products are computed in (hylo/ops/linear_kl.py).
-_LOSS_ROWS = 1024
-_LOGIT_BYTES = 3 * 4
 _MOST_GPUS = 1024
 
 
@@ -128,8 +125,8 @@ def _loss(training: Training, stage: StageSection) -> int:
         # Of each replaced layer: outputs of layer and mixer, and their differences in float32.
         replaced = sum(mixer_class(name).replaces_attention for name in training.student.layers)
         return replaced * hidden * (_MASTER + training.compute_size + 2 * _MASTER)
-    rows = min(_LOSS_ROWS, _rows(stage))
-    logits = rows * config.vocab_size * (_LOGIT_BYTES + training.compute_size)
+    widths = config.hidden_size, _teacher_of(training, stage).config.hidden_size
+    logits = workspace_bytes(_rows(stage), config.vocab_size, *widths, training.compute_size)
     # The head as products read it and its gradient in float32; the gradient of the hidden states.
     head = training.student.head_parameters * (training.compute_size + _MASTER)
     return logits + head + hidden * _MASTER

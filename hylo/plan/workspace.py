@@ -90,8 +90,8 @@ def linear_sizes(config: HyLoConfig, mixer: str) -> LinearSizes:
         size = sizes["head_dim"]
         inner = heads * size
         convolved = inner + 2 * sizes["num_kv_heads"] * size
-        # z, x, B, C and dt stay in one matrix, of which x, B and C are copied. x is repeated to all heads once as it
-        # is and once times dt, B once.
+        # z, x, B, C and dt stay in one matrix, of which x, B and C are copied. x times dt and B are made for
+        # all heads, the first in float32 on the way.
         return LinearSizes(heads, size, size, inner + 2 * convolved + heads, convolved, 4 * inner, decays=heads)
     k, v = sizes["head_k_dim"], sizes["head_v_dim"]
     inputs = heads * (2 * k + v)

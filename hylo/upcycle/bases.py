@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hylo.errors import HyLoError
 from hylo.files import atomic_directory, expand_user, read_json, write_json
 from hylo.progress import console
-from hylo.upcycle.families import check_family
+from hylo.upcycle.families import check_family, check_named_family
 
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 # Beside a dequantised GGUF model: what it was made from.
@@ -69,12 +69,16 @@ def _packaged_gguf(name: str) -> Path:
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
+        # The family first: weights are gigabytes.
+        check_named_family(read_json(Path(hf_hub_download(hub_id, "config.json"))), hub_id, "hylo")
         path = Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except HyLoError:
+        raise
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HyLoError(f"{hub_id} is no local path and could not be had from the hub: {reason}") from None
@@ -170,12 +174,11 @@ class Base:
     def open(cls, folder: Path) -> "Base":
         """Reads the config and the names of the tensors. Raises HyLoError on a family or a file that does not fit."""
         _check_folder(folder)
-        if not isinstance(read_json(folder / "config.json"), dict):
-            raise HyLoError(f"{folder}/config.json: expected a JSON object")
+        check_named_family(read_json(folder / "config.json"), folder / "config.json")
         try:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-            raise HyLoError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
+            raise HyLoError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
         check_family(config, folder)
         base = cls(folder, config, {})
         if (folder / _WEIGHTS_INDEX).is_file():

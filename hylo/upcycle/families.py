@@ -13,25 +13,53 @@ from dataclasses import fields
 from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
 from hylo.upcycle.geometry import geometry_for, resolve_geometry
+from hylo.upcycle.initialise import RULES
 
 # transformers' model types whose attention layers this package knows how to convert.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+# Their frequencies follow the length of the input, for whole heads only.
+_MOVING_ROPE = ("dynamic", "longrope")
 
 
 def check_family(config: PreTrainedConfig, where: object) -> None:
     """Raises HyLoError, with the families there are, where the config is of another, or its sizes make no model."""
     if config.model_type not in FAMILIES:
         raise HyLoError(f"{where}: the {config.model_type!r} family is not supported; expected {', '.join(FAMILIES)}")
+    if getattr(config, "quantization_config", None):
+        raise HyLoError(f"{where}: the weights are quantised (quantization_config); expected a base in 16 or 32 bits")
+    if config.hidden_act not in ACT2FN:
+        raise HyLoError(f"{where}: unknown hidden_act {config.hidden_act!r}")
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in (*ROPE_INIT_FUNCTIONS, "default"):
+        raise HyLoError(f"{where}: unknown rope_type {rope_type!r}; expected one of {', '.join(ROPE_INIT_FUNCTIONS)}")
     for size in _SIZES:
         if getattr(config, size) < 1:
             raise HyLoError(f"{where}: {size} is {getattr(config, size)}; expected at least 1")
     if head_dim(config) < 1:
         raise HyLoError(f"{where}: head_dim is {head_dim(config)}; expected at least 1")
+
+
+def check_named_family(values: Any, where: object, *also: str) -> None:
+    """The same of a config.json as it is read, before transformers is asked, which may not know the family."""
+    if not isinstance(values, dict):
+        raise HyLoError(f"{where}: expected a JSON object")
+    family = values.get("model_type")
+    if family not in (*FAMILIES, *also):
+        raise HyLoError(f"{where}: the {family!r} family is not supported; expected {', '.join(FAMILIES)}")
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -63,7 +91,7 @@ def hybrid_config(
         values.pop(key, None)
     values |= {"head_dim": head_dim(base)} | _differences(base)
     if rope_scaling is not None:
-        values |= _yarn(base, rope_scaling)
+        values |= yarn(base, rope_scaling)
     given = resolve_geometry(geometry, mixers, base)
     sizes = geometry_for(
         mixers,
@@ -74,6 +102,12 @@ def hybrid_config(
     )
     config = HyLoConfig(**values, token_mixers=list(mixers), mixer_geometry=sizes, base_model=source_name)
     config.architectures = ["HyLoForCausalLM"]
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type in _MOVING_ROPE and "mla" in mixers:
+        raise HyLoError(f"rope_type {rope_type!r} is not supported with MLA; convert with YaRN (rope_scaling) instead")
+    for name in sorted(set(mixers)):
+        # Every mixer can be made from this base: so says the table of its rules.
+        RULES[name](config)
     return config
 
 
@@ -98,12 +132,12 @@ def _differences(base: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _yarn(base: PreTrainedConfig, rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
+def yarn(base: PreTrainedConfig, rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
     """YaRN (arXiv 2309.00071), and the length that it reaches."""
     theta = (base.rope_parameters or {}).get("rope_theta", 10_000.0)
     factor, original = rope_scaling["factor"], rope_scaling["original_max_position_embeddings"]
-    yarn = {"rope_type": "yarn", "rope_theta": theta, "factor": float(factor)}
+    parameters = {"rope_type": "yarn", "rope_theta": theta, "factor": float(factor)}
     return {
-        "rope_parameters": yarn | {"original_max_position_embeddings": original},
+        "rope_parameters": parameters | {"original_max_position_embeddings": original},
         "max_position_embeddings": int(factor * original),
     }

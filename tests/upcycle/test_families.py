@@ -1,18 +1,22 @@
 """Families: a tiny random checkpoint of each, as transformers saves it, through every conversion."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import convert_base, random_ids, write_base
+from tiny import SIZES, convert_base, random_ids, write_base
 from torch import Tensor
+from transformers import LlamaConfig
 
 from hylo import HyLoForCausalLM
 from hylo.errors import HyLoError
 from hylo.upcycle.bases import Base, load_model
 from hylo.upcycle.convert import plan_conversion
+from hylo.upcycle.families import hybrid_config
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 16}
 # Longer than any window here, and than the length from which llama3's scaling changes a pair.
@@ -210,3 +214,39 @@ def test_other_families_are_refused_with_the_list(tmp_path: Path, family: str) -
     expected = f"the '{family}' family is not supported; expected llama, mistral, qwen2, qwen3"
     with pytest.raises(HyLoError, match=expected):
         Base.open(tmp_path)
+
+
+BAD_CONFIGS = {
+    "unknown to transformers": ({"model_type": "nonesuch"}, "'nonesuch' family is not supported"),
+    "without a family": ({"model_type": None}, "family is not supported"),
+    "activation": ({"hidden_act": "foo"}, "hidden_act 'foo'"),
+    "rope": ({"rope_scaling": {"rope_type": "nonsense"}}, "nonsense"),
+    "rope that moves": (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        "'dynamic' is not supported with MLA",
+    ),
+    "size": ({"intermediate_size": -5}, "intermediate_size is -5"),
+    "words": ({"vocab_size": 0}, "vocab_size is 0"),
+    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_a_config_that_makes_no_base_is_refused_in_one_line(case: str, base_folder: Path, tmp_path: Path) -> None:
+    changes, named = BAD_CONFIGS[case]
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder, folder)
+    values = json.loads((folder / "config.json").read_text()) | changes
+    if "rope_scaling" in changes:
+        values.pop("rope_parameters")
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(HyLoError, match=re.escape(named)) as raised, Base.open(folder) as base:
+        plan_conversion(base, "4MLA")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 8, 10])
+def test_sizes_are_derived_for_any_head(head_dim: int) -> None:
+    config = LlamaConfig(**SIZES | {"head_dim": head_dim})
+    for layout in (["mla"] * 4, ["gdn"] * 4, ["mamba2"] * 4, ["kda"] * 4):
+        assert hybrid_config(config, layout, {}, "base").token_mixers == layout

@@ -168,6 +168,7 @@ def _hybrid_values(config: HyLoConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": theta,
         "rope_scaling": None if rope == {"rope_type": "default"} else rope,
+        "rope_type": "default" if rope == {"rope_type": "default"} else "yarn",
         "attention_bias": config.attention_bias,
         "attention_dropout": config.attention_dropout,
         "d_model": config.hidden_size,

@@ -62,7 +62,8 @@ class HybridConfig(BaseModel):
     max_position_embeddings: Positive
     rope_theta: float = Field(gt=0)
     rope_scaling: RopeScaling | None
-    rope_type: Literal["yarn"] = "yarn"
+    # Of a model that rope_scaling leaves alone it says nothing.
+    rope_type: Literal["yarn", "default"] = "yarn"
     attention_bias: Literal[False] = False
     attention_dropout: float = 0.0
 
