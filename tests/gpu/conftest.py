@@ -1,4 +1,4 @@
-"""Few configurations a kernel: fla tries dozens of each, which takes half an hour of compilation for all of them.
+"""One configuration a kernel: fla tries dozens of each, which takes half an hour of compilation for all of them.
 
 What the tests prove is the arithmetic; benchmarks/mixers.py compares outputs under the configurations fla chooses.
 HYLO_TEST_GPU=all leaves them as they are.
@@ -7,7 +7,7 @@ HYLO_TEST_GPU=all leaves them as they are.
 import os
 from typing import Any
 
-KEPT = 2
+KEPT = 1
 
 if os.environ.get("HYLO_TEST_GPU") not in (None, "", "all"):
     import triton
