@@ -1,6 +1,7 @@
 """Writing files so that what exists is whole: to a temporary name first, then moved."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +49,16 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def sync_tree(folder: Path, *, recursive: bool = True) -> None:
+    """Waits until a folder, and everything in it, is on the disk and would outlive the machine's power."""
+    for path in [folder, *(folder.rglob("*") if recursive else ())]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

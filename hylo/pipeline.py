@@ -2,7 +2,8 @@
 
 Each step writes one folder of the run, whole or not at all, with a `step.json` that holds a fingerprint of everything
 the step depends on. A step whose folder is there and whose fingerprint fits is not done again; one whose fingerprint
-does not fit is refused, unless it is asked for by name.
+does not fit is refused, unless it is asked for by name. A stage that was stopped goes on from its last checkpoint, in
+`.NAME.checkpoints` beside its folder.
 """
 
 import hashlib
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
+from hylo.distill.checkpoints import Checkpoints
 from hylo.distill.recipe import Recipe, StageSection
-from hylo.distill.trainer import train_stage
+from hylo.distill.trainer import Carrying, resolve_report_to, train_stage
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import Scores, evaluate, make_reference
 from hylo.evaluate.report import write_report
-from hylo.files import atomic_directory, read_json, write_json
+from hylo.files import atomic_directory, read_json, sync_tree, write_json
 from hylo.generate import continue_prompt
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.progress import console
@@ -190,6 +192,9 @@ class UpcycleRun:
         return Step(stage.name, depends, lambda folder: self._stage(stage, folder, recipe.seed + 1 + index))
 
     def _stage(self, stage: StageSection, folder: Path, seed: int) -> dict[str, Any]:
+        checkpoints = self._stage_checkpoints(stage.name)
+        # Before the models are read, which takes a while.
+        resume = checkpoints.latest()
         set_seed(seed)
         windows = make_windows(
             self.documents[0],
@@ -204,10 +209,26 @@ class UpcycleRun:
         else:
             # Frozen, so it is kept in what it computes in.
             teacher = self._model(self.teacher_folder, self.dtype)
-        logs = train_stage(stage, student, teacher, windows, folder, dtype=self.dtype, seed=seed)
+        carrying = Carrying(
+            checkpoints=checkpoints,
+            when=self.recipe.checkpoints,
+            on_anomaly=self.recipe.on_anomaly,
+            spike_factor=self.recipe.spike_factor,
+            report_to=resolve_report_to(self.recipe),
+            logs=self.output / "tensorboard" / stage.name,
+            run_name=f"{self.output.name}-{stage.name}",
+        )
+        logs = train_stage(
+            stage, student, teacher, windows, folder, dtype=self.dtype, seed=seed, carrying=carrying, resume=resume
+        )
         save_checkpoint(student, folder, self.base_folder)
         tokens = round(stage.steps * stage.tokens_per_step * windows.fill)
-        return {"tokens": tokens, "distinct_tokens": windows.tokens, "logs": logs}
+        result = {"tokens": tokens, "distinct_tokens": windows.tokens, "logs": logs}
+        return result if resume is None else result | {"seconds_before": round(resume.state["seconds"], 1)}
+
+    def _stage_checkpoints(self, name: str) -> Checkpoints:
+        root = self.output / f".{name}.checkpoints"
+        return Checkpoints(name, root, self._fingerprints()[name], self.recipe.checkpoints.keep)
 
     def _save(self, folder: Path) -> dict[str, Any]:
         model = self._model(self._previous("model"))
@@ -260,6 +281,7 @@ class UpcycleRun:
         for package, needed_by in (("accelerate", self.recipe.stages), ("matplotlib", True)):
             if needed_by and importlib.util.find_spec(package) is None:
                 raise HyLoError(f"upcycling needs {package}; install it with: pip install 'hylo[train]'")
+        resolve_report_to(self.recipe)
         _ = self.documents
         resolve_base(self.recipe.base)
         if self.recipe.teacher is not None:
@@ -307,6 +329,7 @@ class UpcycleRun:
             shutil.rmtree(leftover, ignore_errors=True)
         for name in redo:
             shutil.rmtree(self.output / name, ignore_errors=True)
+            self._stage_checkpoints(name).clear()
         results = {}
         for step in self.steps:
             results[step.name] = self._do(step, fingerprints[step.name])
@@ -347,10 +370,16 @@ class UpcycleRun:
         file = target / _STEP_FILE
         if file.is_file():
             console.print(f"{step.name}: already done, in {target}", style="dim", highlight=False, markup=False)
+            # Where the run was killed as it removed them.
+            self._stage_checkpoints(step.name).clear()
             return read_json(file)["result"]
         start = time.monotonic()
         with atomic_directory(target, overwrite=True) as work:
             result = step.action(work)
-            seconds = round(time.monotonic() - start, 1)
+            seconds = round(time.monotonic() - start + result.get("seconds_before", 0.0), 1)
             write_json(work / _STEP_FILE, {"fingerprint": fingerprint, "seconds": seconds, "result": result})
+            sync_tree(work)
+        # Only now that what they led to is on the disk.
+        sync_tree(self.output, recursive=False)
+        self._stage_checkpoints(step.name).clear()
         return result

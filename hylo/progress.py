@@ -23,12 +23,16 @@ class RateColumn(ProgressColumn):
 
 
 class Bar:
-    """One bar. `advance` moves it; `status` shows beside it (a loss, say)."""
+    """One bar. `advance` moves it; `status` shows beside it (a loss, say).
 
-    def __init__(self, description: str, total: float, unit: str) -> None:
+    Args:
+        done: how much was done before, which says nothing about the rate.
+    """
+
+    def __init__(self, description: str, total: float, unit: str, done: float = 0.0) -> None:
         self.description, self.total, self.unit = description, total, unit
-        self.done, self.start = 0.0, time.monotonic()
-        self._last_line, self._printed = self.start, 0.0
+        self.done, self._before, self.start = done, done, time.monotonic()
+        self._last_line, self._printed = self.start, done
         self._progress: Progress | None = None
         if console.is_terminal:
             self._progress = Progress(
@@ -41,6 +45,7 @@ class Bar:
                 console=console,
             )
             self._task = self._progress.add_task(description, total=total, unit=unit, status="")
+            self._progress.update(self._task, completed=done)
             self._progress.start()
 
     def advance(self, amount: float, status: str = "") -> None:
@@ -53,7 +58,7 @@ class Bar:
 
     def _line(self, status: str) -> None:
         elapsed = max(time.monotonic() - self.start, 1e-9)
-        rate = self.done / elapsed
+        rate = (self.done - self._before) / elapsed
         left = max(self.total - self.done, 0.0) / rate if rate else 0.0
         self._printed = self.done
         console.print(

@@ -1,6 +1,8 @@
 """The whole road on a tiny base: steps, going on, refusing, failing, and the report."""
 
+import importlib.util
 import json
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -8,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from stages import KilledError, at_step
 
-from hylo.distill.recipe import Recipe, parse_recipe
+from hylo.distill.recipe import CheckpointsSection, Recipe, parse_recipe
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import evaluate, make_reference
 from hylo.pipeline import UpcycleRun
@@ -62,7 +65,8 @@ def step_files(output: Path) -> dict[str, tuple[int, str]]:
 
 
 def names(output: Path) -> set[str]:
-    return {path.name for path in output.iterdir()}
+    """TensorBoard's folder is there where the package is."""
+    return {path.name for path in output.iterdir()} - {"tensorboard"}
 
 
 def test_every_step_leaves_its_folder(finished: Path) -> None:
@@ -147,6 +151,81 @@ def test_asking_to_stop_before_the_first_step_keeps_what_is_there(run_folder: Pa
     with pytest.raises(HyLoError):
         UpcycleRun(recipe, run_folder).run(first="stage2", until="convert")
     assert step_files(run_folder) == before
+
+
+@pytest.fixture
+def stopped(recipe: Recipe, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run, killed in the third step of stage 2."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill)
+        with pytest.raises(KilledError):
+            UpcycleRun(with_checkpoints(recipe), run_folder).run(first="stage2")
+    assert names(run_folder) == {"convert", "calibrate", "stage1", "run.json", ".stage2.checkpoints"}
+    return run_folder
+
+
+def kill() -> None:
+    raise KilledError
+
+
+def with_checkpoints(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"checkpoints": CheckpointsSection(steps=2)})
+
+
+def test_a_stopped_stage_goes_on(
+    stopped: Path, finished: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How often checkpoints are written, and what is done about anomalies, is no other recipe."""
+    changed = recipe.model_copy(update={"on_anomaly": "skip", "report_to": []})
+    UpcycleRun(changed, stopped).run()
+    assert "stage2: going on from step 2 of 4" in capsys.readouterr().err
+    assert names(stopped) == {*STEPS, "run.json"}
+    ours, theirs = (folder / "stage2" / "model.safetensors" for folder in (stopped, finished))
+    assert ours.read_bytes() == theirs.read_bytes()
+    result = json.loads((stopped / "stage2" / "step.json").read_text())
+    assert result["seconds"] >= result["result"]["seconds_before"]
+    assert [log["step"] for log in result["result"]["logs"]] == [1, 2, 3, 4]
+
+
+def test_checkpoints_of_another_recipe_are_left_alone(
+    stopped: Path, base_folder: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = make_recipe(base_folder, text_folder, learning_rate=2e-3)
+    UpcycleRun(changed, stopped).run(until="stage2")
+    told = capsys.readouterr().err
+    assert told.count("are of another recipe or text, and are not used") == 1
+    assert "going on" not in told
+    assert names(stopped) == {"convert", "calibrate", "stage1", "stage2", "run.json"}
+
+
+def test_first_begins_a_stopped_stage_anew(stopped: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    UpcycleRun(recipe, stopped).run(first="stage2", until="stage2")
+    assert "going on" not in capsys.readouterr().err
+    assert ".stage2.checkpoints" not in names(stopped)
+
+
+def test_a_damaged_checkpoint_stops_the_run(stopped: Path, recipe: Recipe) -> None:
+    (weights,) = (stopped / ".stage2.checkpoints").rglob("model.safetensors")
+    os.truncate(weights, 1000)
+    with pytest.raises(HyLoError, match=r"stage2: .* is damaged .*1,000 bytes.*remove .*stage2.checkpoints"):
+        UpcycleRun(recipe, stopped).run()
+    assert names(stopped) == {"convert", "calibrate", "stage1", "run.json", ".stage2.checkpoints"}
+
+
+def test_checkpoints_that_outlived_their_stage_go(run_folder: Path, recipe: Recipe) -> None:
+    """A run killed while it removed them."""
+    (run_folder / ".stage2.checkpoints" / "0123").mkdir(parents=True)
+    UpcycleRun(recipe, run_folder).run()
+    assert names(run_folder) == {*STEPS, "run.json"}
+
+
+def test_a_reporter_that_is_not_installed(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    asked = recipe.model_copy(update={"report_to": ["wandb"]})
+    with pytest.raises(HyLoError, match="wandb is not installed"):
+        UpcycleRun(asked, tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
 
 
 def test_report(finished: Path, recipe: Recipe, base_folder: Path) -> None:

@@ -77,6 +77,11 @@ class RopeScalingSection(_Section):
     factor: Number = Field(gt=1)
     original_max_position_embeddings: Positive
 
+    @property
+    def reach(self) -> int:
+        """The length that is grown to, in tokens."""
+        return int(self.factor * self.original_max_position_embeddings)
+
 
 class StageSection(_Section):
     """One stage of training.
@@ -95,6 +100,9 @@ class StageSection(_Section):
             where one norm over all layers would tie together layers that train each for itself.
         train: `mixers` of the replaced layers alone, or `all` parameters. Stage 1 trains mixers.
         gradient_checkpointing: recompute each layer in the backward pass, to save memory.
+        rope_scaling: YaRN that the student is set to when the stage begins, and keeps from then on; by default it keeps
+            what it has.
+        cross_entropy: weight of the cross-entropy of the next token, added to the KL of a `kl` stage.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
@@ -109,11 +117,18 @@ class StageSection(_Section):
     max_grad_norm: Number | None = Field(default=None, gt=0)
     train: Literal["mixers", "all"] = "mixers"
     gradient_checkpointing: bool = False
+    rope_scaling: RopeScalingSection | None = None
+    cross_entropy: Number = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> "StageSection":
         if self.objective == "layerwise" and self.train != "mixers":
             raise ValueError("a layerwise stage trains 'mixers'; 'all' needs objective kl")
+        if self.objective == "layerwise" and self.cross_entropy:
+            raise ValueError("a layerwise stage predicts no tokens; cross_entropy needs objective kl")
+        scaling = self.rope_scaling
+        if scaling is not None and self.length > scaling.reach:
+            raise ValueError(f"rope_scaling reaches {scaling.reach} tokens, less than a window of {self.length}")
         if self.tokens < self.tokens_per_step:
             raise ValueError(f"tokens is {self.tokens}, less than one step of {self.tokens_per_step}")
         return self
@@ -151,6 +166,20 @@ class EvaluationSection(_Section):
     new_tokens: Positive = 48
 
 
+class CheckpointsSection(_Section):
+    """What a stage that was stopped goes on from.
+
+    Attributes:
+        minutes: between two checkpoints of a stage; null for none by time.
+        steps: between two checkpoints; both may be given.
+        keep: how many of the newest are kept.
+    """
+
+    minutes: Number | None = Field(default=15.0, gt=0)
+    steps: Positive | None = None
+    keep: Positive = 1
+
+
 class Recipe(_Section):
     """Everything about a run.
 
@@ -165,6 +194,10 @@ class Recipe(_Section):
         seed: fixes the order of the text and everything random.
         precision: what matrix products are computed in; weights are kept in float32 while training.
         save_dtype: of the finished checkpoint.
+        checkpoints: see its section. From here on: how a run is carried out, which may change while it goes on.
+        on_anomaly: what to do about a step whose loss or gradient norm is not finite or leaps: `stop`, or `skip` it.
+        spike_factor: how many times the median of recent steps is a leap; null for none.
+        report_to: where metrics go besides `metrics.jsonl`; by default to TensorBoard where it is installed.
     """
 
     base: str
@@ -181,11 +214,15 @@ class Recipe(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32 - 1000)
     precision: Precision = "auto"
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    on_anomaly: Literal["stop", "skip"] = "stop"
+    spike_factor: Number | None = Field(default=20.0, gt=1)
+    report_to: list[Literal["tensorboard", "wandb"]] | None = None
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Recipe":
         names = [stage.name for stage in self.stages]
-        taken = {"base", "teacher", "convert", "calibrate", "model", "evaluate", "report"}
+        taken = {"base", "teacher", "convert", "calibrate", "model", "evaluate", "report", "tensorboard"}
         for name in names:
             if names.count(name) > 1 or name in taken:
                 raise ValueError(
@@ -246,4 +283,5 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "calibration": CalibrationSection,
     "stages": StageSection,
     "evaluation": EvaluationSection,
+    "checkpoints": CheckpointsSection,
 }

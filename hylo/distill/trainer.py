@@ -1,79 +1,72 @@
 """Runs one stage of a recipe on transformers.Trainer."""
 
-import json
+import importlib.util
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from hylo.distill.recipe import StageSection
+from hylo.distill.checkpoints import Checkpoint, Checkpoints
+from hylo.distill.context import set_context
+from hylo.distill.engine import StageCallback, StageTrainer
+from hylo.distill.flops import device_peak_flops, flops_per_token
+from hylo.distill.guards import Guard
+from hylo.distill.progress import Speed, StageMonitor, read_metrics
+from hylo.distill.recipe import CheckpointsSection, Recipe, StageSection
+from hylo.distill.signals import StopRequest, deferred_signals
 from hylo.distill.stage1 import LayerwiseTrainer, freeze_all_but_mixers, replaced_layers
 from hylo.distill.stage2 import DistillationTrainer
 from hylo.errors import HyLoError
 from hylo.modeling import HyLoForCausalLM
-from hylo.progress import Bar
+from hylo.progress import console
 from hylo.text import Windows
 
+# Of a stage, evenly.
+_LOGGED_STEPS = 100
 
-class StageProgress(TrainerCallback):
-    """A bar over real tokens with the loss beside it; logged steps as lines of JSON; a loss not finite stops it."""
 
-    def __init__(self, stage: StageSection, tokens_per_step: float, metrics: Path) -> None:
-        self.stage, self.tokens_per_step, self.metrics = stage, tokens_per_step, metrics
-        self.bar: Bar | None = None
-        self.status = ""
+class _Layerwise(StageTrainer, LayerwiseTrainer):
+    pass
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar = Bar(self.stage.name, state.max_steps * self.tokens_per_step, "tokens")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.bar is not None
-        self.bar.advance(self.tokens_per_step, self.status)
+class _Distillation(StageTrainer, DistillationTrainer):
+    pass
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            self.close()
-            raise HyLoError(
-                f"{self.stage.name}: loss {loss}, gradient norm {norm} at step {state.global_step}; "
-                "expected finite numbers (a lower learning_rate may help)"
-            )
-        self.status = f"loss {loss:.3f}"
-        entry = {"step": state.global_step, "tokens": round(state.global_step * self.tokens_per_step), **logs}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
 
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+@dataclass(frozen=True)
+class Carrying:
+    """How a stage is carried out; nothing of it changes what a stage computes, as long as no step is refused.
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.close()
+    Attributes:
+        checkpoints: where they lie; without, none are written, and signals end the process where it is.
+        when: they are due.
+        on_anomaly, spike_factor, report_to: see `Recipe`.
+        logs: the folder for TensorBoard.
+        run_name: by which W&B shows the stage.
+    """
+
+    checkpoints: Checkpoints | None = None
+    when: CheckpointsSection = field(default_factory=CheckpointsSection)
+    on_anomaly: Literal["stop", "skip"] = "stop"
+    spike_factor: float | None = 20.0
+    report_to: Sequence[str] = ()
+    logs: Path | None = None
+    run_name: str | None = None
+
+
+def resolve_report_to(recipe: Recipe) -> list[str]:
+    """Where metrics go besides the file. Raises HyLoError where a package that was asked for is not installed."""
+    if recipe.report_to is None:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else []
+    for package in recipe.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise HyLoError(f"report_to: {package} is not installed; install it with: pip install {package}")
+    return list(dict.fromkeys(recipe.report_to))
 
 
 def train_stage(
@@ -85,26 +78,82 @@ def train_stage(
     *,
     dtype: torch.dtype,
     seed: int,
-) -> list[dict[str, float]]:
-    """Trains the student in place. Returns what was logged: step, tokens, loss, gradient norm, learning rate.
+    carrying: Carrying | None = None,
+    resume: Checkpoint | None = None,
+) -> list[dict[str, Any]]:
+    """Trains the student in place. Returns what was logged: step, tokens, loss, gradient norm, learning rate, speed.
 
     Args:
         teacher: frozen; for a layerwise stage it has the student's layers.
         data: windows of `stage.length`; gone over again where the stage has more tokens.
         output: a folder for `metrics.jsonl`.
         dtype: of matrix products.
+        resume: the checkpoint to go on from; everything else is then as when the stage began.
 
     Raises:
-        HyLoError: where loss or gradients stop being finite.
+        HyLoError: where loss or gradients stop being finite or leap, or a checkpoint cannot be written.
+        SystemExit, KeyboardInterrupt: on SIGTERM and SIGINT, after a checkpoint.
     """
-    trainer_class: type[LayerwiseTrainer] | type[DistillationTrainer]
+    carrying = carrying or Carrying()
     freeze_all_but_mixers(student)
     if not replaced_layers(student):
         raise HyLoError(f"{stage.name}: every layer of the layout is attention; there is nothing to train")
-    trainer_class = LayerwiseTrainer if stage.objective == "layerwise" else DistillationTrainer
     if stage.train == "all":
         student.requires_grad_(True)
-    arguments = TrainingArguments(
+    if stage.rope_scaling is not None:
+        set_context(student, stage.rope_scaling)
+    arguments = _arguments(stage, output, dtype, seed, carrying)
+    if arguments.n_gpu > 1 or arguments.world_size > 1:
+        raise HyLoError(f"{stage.name}: training runs on one device; set CUDA_VISIBLE_DEVICES to one GPU")
+    teacher.requires_grad_(False).eval().to(arguments.device)
+    output.mkdir(parents=True, exist_ok=True)
+    peak = device_peak_flops(arguments.device, dtype)
+    speed = Speed(stage.tokens_per_step * data.fill, flops_per_token(stage, student, teacher), peak)
+    guard = Guard(stage.name, carrying.on_anomaly, carrying.spike_factor)
+    monitor = StageMonitor(stage, guard, speed, output / "metrics.jsonl", arguments.device)
+    if resume is not None:
+        monitor.restore(resume.state)
+        line = f"{stage.name}: going on from step {resume.step} of {stage.steps}"
+        console.print(line, style="dim", highlight=False, markup=False)
+    with _signals(carrying) as request, _reports(carrying, resume) as reports:
+        section = carrying.when if carrying.checkpoints is not None else None
+        options: dict[str, Any] = {
+            "model": student,
+            "args": arguments,
+            "train_dataset": data,
+            "callbacks": [StageCallback(monitor, request, section), *reports],
+            "teacher": teacher,
+            "monitor": monitor,
+            "checkpoints": carrying.checkpoints,
+        }
+        trainer: StageTrainer
+        if stage.objective == "layerwise":
+            trainer = _Layerwise(**options)
+        else:
+            trainer = _Distillation(cross_entropy=stage.cross_entropy, **options)
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        try:
+            if resume is not None and resume.step >= stage.steps:
+                # Stopped between its last step and its end: there is no step to make.
+                trainer._load_from_checkpoint(str(resume.folder))
+            else:
+                trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+        finally:
+            monitor.close()
+    if request:
+        line = f"{stage.name}: stopped at step {trainer.state.global_step} of {stage.steps}; run again to go on"
+        console.print(line, highlight=False, markup=False)
+        request.obey()
+    student.requires_grad_(True)
+    student.eval()
+    return read_metrics(output / "metrics.jsonl")
+
+
+def _arguments(
+    stage: StageSection, output: Path, dtype: torch.dtype, seed: int, carrying: Carrying
+) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(output),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.batch_size,
@@ -117,30 +166,38 @@ def train_stage(
         gradient_checkpointing=stage.gradient_checkpointing,
         bf16=dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
-        logging_steps=max(1, stage.steps // 100),
+        logging_steps=max(1, stage.steps // _LOGGED_STEPS),
         logging_nan_inf_filter=False,
+        # When a checkpoint is due is for StageCallback to say.
         save_strategy="no",
-        report_to=[],
+        # TensorBoard's own callback is given a folder that stays; see `_reports`.
+        report_to=[name for name in carrying.report_to if name != "tensorboard"],
+        run_name=carrying.run_name,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
         data_seed=seed,
     )
-    if arguments.n_gpu > 1 or arguments.world_size > 1:
-        raise HyLoError(f"{stage.name}: training runs on one device; set CUDA_VISIBLE_DEVICES to one GPU")
-    teacher.requires_grad_(False).eval().to(arguments.device)
-    output.mkdir(parents=True, exist_ok=True)
-    progress = StageProgress(stage, stage.tokens_per_step * data.fill, output / "metrics.jsonl")
-    trainer: Trainer = trainer_class(
-        model=student, args=arguments, train_dataset=data, callbacks=[progress], teacher=teacher
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    try:
-        trainer.train()
-    finally:
-        progress.close()
-    student.requires_grad_(True)
-    student.eval()
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def _signals(carrying: Carrying) -> Iterator[StopRequest]:
+    if carrying.checkpoints is None:
+        yield StopRequest()
+        return
+    with deferred_signals() as request:
+        yield request
+
+
+@contextmanager
+def _reports(carrying: Carrying, resume: Checkpoint | None) -> Iterator[list[TrainerCallback]]:
+    """TensorBoard's callback; steps after the checkpoint that is gone on from are taken off its record."""
+    if "tensorboard" not in carrying.report_to or carrying.logs is None:
+        yield []
+        return
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    with SummaryWriter(str(carrying.logs), purge_step=None if resume is None else resume.step + 1) as writer:
+        yield [TensorBoardCallback(writer)]

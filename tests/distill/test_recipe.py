@@ -43,6 +43,9 @@ def test_a_good_recipe_has_its_defaults() -> None:
     assert recipe.stages[1].train == "all"
     assert (recipe.stages[0].tokens_per_step, recipe.stages[0].steps) == (8, 8)
     assert recipe.data.holdout == 0.1
+    assert recipe.checkpoints.model_dump() == {"minutes": 15, "steps": None, "keep": 1}
+    assert (recipe.on_anomaly, recipe.spike_factor, recipe.report_to) == ("stop", 20, None)
+    assert (recipe.stages[1].rope_scaling, recipe.stages[1].cross_entropy) == (None, 0)
 
 
 def test_a_step_is_all_its_windows() -> None:
@@ -89,6 +92,24 @@ def test_a_step_is_all_its_windows() -> None:
         (["rope_scaling"], {"factor": 4}, "rope_scaling.original_max_position_embeddings", "missing"),
         (["rope_scaling", "factor"], 1, "rope_scaling", "greater than 1"),
         (["rope_scaling", "type"], "yarn", "rope_scaling", "missing"),
+        (["stages", 1, "rope_scaling"], {"factor": 4}, "stages[1].rope_scaling.original_max_position", "missing"),
+        (["stages", 1, "rope_scaling", "type"], "yarn", "stages[1].rope_scaling", "missing"),
+        (
+            ["stages", 1, "rope_scaling"],
+            {"factor": 1.5, "original_max_position_embeddings": 5},
+            "stages[1]",
+            "reaches 7 tokens, less than a window of 8",
+        ),
+        (["stages", 1, "cross_entropy"], -0.1, "stages[1].cross_entropy", "greater than or equal to 0"),
+        (["stages", 0, "cross_entropy"], 0.1, "stages[0]", "objective kl"),
+        (["checkpoints", "hours"], 1, "checkpoints.hours", "minutes, steps, keep"),
+        (["checkpoints", "minutes"], 0, "checkpoints.minutes", "greater than 0"),
+        (["checkpoints", "steps"], 1.5, "checkpoints.steps", "integer"),
+        (["checkpoints", "keep"], 0, "checkpoints.keep", "greater than 0"),
+        (["on_anomaly"], "ignore", "on_anomaly", "'stop' or 'skip'"),
+        (["spike_factor"], 1, "spike_factor", "greater than 1"),
+        (["report_to"], ["mlflow"], "report_to[0]", "'tensorboard' or 'wandb'"),
+        (["report_to"], "wandb", "report_to", "list"),
     ],
 )
 def test_one_line_that_names_the_key(path: list[Any], value: Any, place: str, expected: str) -> None:
@@ -111,7 +132,9 @@ def test_published_sizes_and_yarn() -> None:
         parse_recipe(RECIPE | {"rope_scaling": yarn | {"type": "yarn"}})
 
 
-@pytest.mark.parametrize("name", ["stage2", "base", "teacher", "convert", "calibrate", "model", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "name", ["stage2", "base", "teacher", "convert", "calibrate", "model", "evaluate", "report", "tensorboard"]
+)
 def test_a_stage_name_that_a_folder_of_the_run_has(name: str) -> None:
     with pytest.raises(HyLoError, match=f"'{name}' is taken"):
         parse_recipe(changed(["stages", 0, "name"], name))

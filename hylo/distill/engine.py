@@ -1,0 +1,110 @@
+"""What the trainers of all stages share around their loss: guards, metrics, checkpoints, and ending when asked to."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hylo.distill.checkpoints import Checkpoints
+from hylo.distill.progress import StageMonitor
+from hylo.distill.recipe import CheckpointsSection
+from hylo.distill.signals import StopRequest
+
+
+class StageTrainer(Trainer):
+    """A Trainer to be mixed into one with a loss.
+
+    A loss may be made of several: what `compute_loss` leaves in `loss_parts`, by name, is told beside it.
+
+    Args:
+        monitor: sees every step before its update, and every logged step.
+        checkpoints: where they are written; None for none.
+    """
+
+    loss_parts: dict[str, Tensor]
+
+    def __init__(self, *args: Any, monitor: StageMonitor, checkpoints: Checkpoints | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.monitor, self.checkpoints = monitor, checkpoints
+        self.loss_parts = {}
+        self._writing_to: Path | None = None
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.monitor.add(loss, self.loss_parts)
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # The last call before the update, with gradients accumulated and clipped.
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.monitor.accepts(self.state.global_step + 1, grad_norm):
+            # An optimizer leaves parameters without gradients, and their moments, as they are.
+            model.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The summary at the end of training repeats these, without what came before a resumption.
+        if "loss" in logs:
+            super().log(self.monitor.summary(logs), start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._writing_to is None else str(self._writing_to)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        assert self.checkpoints is not None
+        with self.checkpoints.writing(self.state.global_step, self.monitor.state()) as self._writing_to:
+            super()._save_checkpoint(model, trial)
+            # Pickled, and nothing reads it.
+            for pickled in self._writing_to.rglob("training_args.bin"):
+                pickled.unlink()
+        self._writing_to = None
+
+
+class StageCallback(TrainerCallback):
+    """Drives the monitor, and decides when a checkpoint is due.
+
+    Args:
+        request: to end, by a signal.
+        section: when checkpoints are due; None for never.
+    """
+
+    def __init__(self, monitor: StageMonitor, request: StopRequest, section: CheckpointsSection | None) -> None:
+        self.monitor, self.request, self.section = monitor, request, section
+        self._last = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.monitor.start(state.global_step, state.max_steps)
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.monitor.step_done()
+        if self.section is None:
+            return
+        if self.request:
+            control.should_save = control.should_training_stop = True
+        # What the last step made is the stage's own result.
+        elif state.global_step < state.max_steps:
+            control.should_save = self._due(self.section, state.global_step)
+
+    def _due(self, section: CheckpointsSection, step: int) -> bool:
+        by_time = section.minutes is not None and time.monotonic() - self._last >= 60 * section.minutes
+        return by_time or (section.steps is not None and step % section.steps == 0)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._last = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs:
+            self.monitor.write(state.global_step, logs)
