@@ -1,7 +1,8 @@
 # make setup   .venv with everything
 # make demo    upcycle SmolLM2-135M-Instruct on this machine, into runs/demo
 # make test    lint, types and tests
-.PHONY: setup demo test lint clean
+# make test-gpu  the kernels against their references; needs a GPU and pip install '.[gpu]'
+.PHONY: setup demo test test-gpu lint clean
 
 setup: .venv/.ready
 
@@ -18,6 +19,9 @@ lint: setup
 
 test: lint
 	.venv/bin/python -m pytest
+
+test-gpu:
+	HYLO_TEST_GPU=1 python3 -m pytest tests/gpu
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -45,22 +45,28 @@ def resolve_geometry(
 ) -> Mapping[str, Mapping[str, Any]]:
     """What `geometry_for` takes as given: a mapping as it is, or for "paper" the published sizes.
 
+    A mapping with a key "paper" has the published sizes, and its own on top.
+
     Raises HyLoError where no base of these sizes was published, or the text is not "paper".
     """
     if not isinstance(geometry, str):
-        return geometry
+        if PAPER not in geometry:
+            return geometry
+        published = resolve_geometry(PAPER, mixers, base)
+        own = {name: sizes for name, sizes in geometry.items() if name != PAPER}
+        return {name: {**published.get(name, {}), **own.get(name, {})} for name in {**published, **own}}
     if geometry != PAPER:
         raise HyLoError(f"geometry {geometry!r}; expected {PAPER!r} or sizes by mixer")
-    published = published_for(base)
-    if published is None:
+    model = published_for(base)
+    if model is None:
         sizes = ", ".join(f"{name} {getattr(base, name, None)}" for name in BaseSizes.model_fields)
         bases = ", ".join(published.base for published in published_bases())
         raise HyLoError(f"no published geometry for a base with {sizes}; there is one for {bases}")
-    return {name: sizes for name, sizes in published.mixers.items() if name in mixers}
+    return {name: sizes for name, sizes in model.mixers.items() if name in mixers}
 
 
 def parse_geometry(settings: Sequence[str]) -> dict[str, dict[str, Any]] | str:
-    """From the command line: `mla.kv_lora_rank=96` to {"mla": {"kv_lora_rank": 96}}, or `paper` alone.
+    """From the command line: `mla.kv_lora_rank=96` to {"mla": {"kv_lora_rank": 96}}; `paper`, alone or with such.
 
     Raises HyLoError on any other form.
     """
@@ -68,6 +74,9 @@ def parse_geometry(settings: Sequence[str]) -> dict[str, dict[str, Any]] | str:
         return PAPER
     geometry: dict[str, dict[str, Any]] = {}
     for setting in settings:
+        if setting == PAPER:
+            geometry[PAPER] = {}
+            continue
         path, equals, value = setting.partition("=")
         mixer, dot, size = path.partition(".")
         try:
@@ -76,7 +85,7 @@ def parse_geometry(settings: Sequence[str]) -> dict[str, dict[str, Any]] | str:
             number = None
         if not (equals and dot and size) or number is None:
             raise HyLoError(
-                f"--geometry {setting!r}; expected MIXER.SIZE=NUMBER such as mla.kv_lora_rank=96, or {PAPER} alone"
+                f"--geometry {setting!r}; expected MIXER.SIZE=NUMBER such as mla.kv_lora_rank=96, or {PAPER}"
             )
         geometry.setdefault(mixer, {})[size] = number
     return geometry

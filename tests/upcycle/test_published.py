@@ -11,6 +11,7 @@ import hylo
 from hylo.distill.recipe import Recipe, load_recipe
 from hylo.errors import HyLoError
 from hylo.mixers import MIXERS
+from hylo.plan.model import plan_model
 from hylo.upcycle.families import hybrid_config
 from hylo.upcycle.geometry import parse_geometry, resolve_geometry
 from hylo.upcycle.layout import format_layout, parse_layout
@@ -60,6 +61,15 @@ def test_paper_gives_the_mixers_of_the_layout() -> None:
     assert hybrid.geometry("kda").num_heads == 32
 
 
+def test_own_sizes_on_top_of_the_published() -> None:
+    """With the norm of the keys a Qwen3 hybrid has the parameters of the released one: 2 (nope + rope) a layer."""
+    config, mixers = config_of(QWEN), parse_layout("7MLA21GDN", 28)
+    folded = plan_model(hybrid_config(config, mixers, "paper", QWEN))
+    exact = plan_model(hybrid_config(config, mixers, {"paper": {}, "mla": {"key_norm": True}}, QWEN))
+    assert exact.parameters - folded.parameters == 7 * 128
+    assert exact.config.geometry("mla").kv_lora_rank == 256
+
+
 def test_other_geometries_pass_through() -> None:
     given = {"mla": {"kv_lora_rank": 3}}
     assert resolve_geometry(given, ["mla"], config_of(LLAMA_8B)) is given
@@ -79,8 +89,9 @@ def test_geometry_of_the_command_line() -> None:
         "mla": {"kv_lora_rank": 96, "key_norm": True},
         "gdn": {"num_heads": 6},
     }
-    for wrong in (["paper", "gdn.num_heads=6"], ["mla.kv_lora_rank"], ["kv_lora_rank=8"], ["mla.kv_lora_rank=many"]):
-        with pytest.raises(HyLoError, match=r"mla\.kv_lora_rank=96, or paper alone"):
+    assert parse_geometry(["paper", "mla.key_norm=true"]) == {"paper": {}, "mla": {"key_norm": True}}
+    for wrong in (["papr"], ["mla.kv_lora_rank"], ["kv_lora_rank=8"], ["mla.kv_lora_rank=many"]):
+        with pytest.raises(HyLoError, match=r"mla\.kv_lora_rank=96, or paper"):
             parse_geometry(wrong)
 
 
