@@ -1,13 +1,17 @@
 """What the linear mixers share: a convolution before, a state of fixed size after, and how both are cached."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers import initialization as init
 
-from hylo.mixers.base import TokenMixer
+from hylo.errors import HyLoError
+from hylo.mixers.base import Geometry, TokenMixer, is_whole
 from hylo.ops.short_convolution import short_convolution
 
 if TYPE_CHECKING:
@@ -73,3 +77,21 @@ def without_padding(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
 def depthwise(channels: int, taps: int, bias: bool = False) -> nn.Conv1d:
     """A depthwise convolution's weight `[channels, 1, taps]`, named as in flash-linear-attention."""
     return nn.Conv1d(channels, channels, taps, groups=channels, bias=bias)
+
+
+def check_sizes(mixer: str, geometry: Geometry) -> None:
+    """Raises HyLoError where a size is no whole number of at least 1; a convolution has at least 2 taps."""
+    for field in fields(geometry):
+        value, least = getattr(geometry, field.name), 2 if field.name == "conv_size" else 1
+        if not is_whole(value, least):
+            raise HyLoError(
+                f"geometry of {mixer}: {field.name} is {value!r}; expected a whole number of at least {least}"
+            )
+
+
+def start_decays(A_log: Tensor, dt_bias: Tensor) -> None:
+    """As in Mamba-2: A uniform in [1, 16], step sizes log-uniform in [0.001, 0.1]."""
+    init.copy_(A_log, torch.empty_like(A_log).uniform_(1, 16).log())
+    step = torch.empty_like(dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
+    # The inverse of softplus.
+    init.copy_(dt_bias, step + torch.log(-torch.expm1(-step)))

@@ -10,9 +10,8 @@ from transformers import Cache
 from transformers import initialization as init
 
 from hylo.errors import HyLoError
-from hylo.mixers.base import Geometry, is_whole
-from hylo.mixers.gated_deltanet import start_decays
-from hylo.mixers.linear import LinearMixer, depthwise, without_padding
+from hylo.mixers.base import Geometry
+from hylo.mixers.linear import LinearMixer, check_sizes, depthwise, start_decays, without_padding
 from hylo.ops.gated_linear_attention import gated_linear_attention
 from hylo.ops.gated_norm import gate_then_norm
 
@@ -37,11 +36,7 @@ class Mamba2Geometry(Geometry):
     conv_size: int = 4
 
     def __post_init__(self) -> None:
-        for size in ("num_heads", "num_kv_heads", "head_dim", "conv_size"):
-            value = getattr(self, size)
-            least = 2 if size == "conv_size" else 1
-            if not is_whole(value, least):
-                raise HyLoError(f"geometry of mamba2: {size} is {value!r}; expected a whole number of at least {least}")
+        check_sizes("mamba2", self)
         if self.num_heads % self.num_kv_heads:
             raise HyLoError(
                 f"geometry of mamba2: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"

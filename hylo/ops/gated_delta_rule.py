@@ -10,6 +10,8 @@ inputs give a float64 reference. `gated_delta_net` is what the layer calls: gate
 by fla where `hylo.ops.kernels` says so.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -63,23 +65,12 @@ def gated_delta_net(
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as chunked
         from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as recurrent
 
-        keep = return_state and cu_seqlens is None
-        short = q.shape[1] <= SHORT and cu_seqlens is None and not will_differentiate(q, k, v, a, b, A_log, dt_bias)
-        return (recurrent if short else chunked)(
-            q,
-            k,
-            v,
-            g=a,
-            beta=b,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            initial_state=state,
-            output_final_state=keep,
-            # The layout that the kernels prefer; cached states are [K, V].
-            state_v_first=not keep and state is None,
-            use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True,
-            use_beta_sigmoid_in_kernel=True,
+        return by_fla(
+            recurrent,
+            chunked,
+            *(q, k, v, a, b, A_log, dt_bias),
+            state=state,
+            return_state=return_state,
             cu_seqlens=cu_seqlens,
         )
     g, beta = softplus_decay(a, A_log, dt_bias), b.to(torch.promote_types(b.dtype, torch.float32)).sigmoid()
@@ -88,6 +79,44 @@ def gated_delta_net(
         return each_document(lambda *x: chunk_gated_delta_rule(*x)[0], cu_seqlens, q, k, v, g, beta), None
     rule = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
     return rule(q, k, v, g, beta, state=state)
+
+
+def by_fla(
+    recurrent: Callable[..., tuple[Tensor, Tensor | None]],
+    chunked: Callable[..., tuple[Tensor, Tensor | None]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decays: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    *,
+    state: Tensor | None,
+    return_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One of fla's delta rules, gates and norms in its kernels; the recurrent form for a few tokens."""
+    keep = return_state and cu_seqlens is None
+    differentiated = will_differentiate(q, k, v, decays, b, A_log, dt_bias)
+    short = q.shape[1] <= SHORT and cu_seqlens is None and not differentiated
+    return (recurrent if short else chunked)(
+        q=q,
+        k=k,
+        v=v,
+        g=decays,
+        beta=b,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        initial_state=state,
+        output_final_state=keep,
+        # The layout that the kernels prefer; cached states are [K, V].
+        state_v_first=not keep and state is None,
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def recurrent_gated_delta_rule(

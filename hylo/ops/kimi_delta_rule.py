@@ -11,8 +11,8 @@ chunks; `kimi_delta_attention` is what the layer calls, computed by fla where `h
 import torch
 from torch import Tensor
 
-from hylo.ops.gated_delta_rule import FLA_MOST_KEYS, SHORT, recurrent_gated_delta_rule
-from hylo.ops.kernels import use_fla, will_differentiate
+from hylo.ops.gated_delta_rule import FLA_MOST_KEYS, by_fla, recurrent_gated_delta_rule
+from hylo.ops.kernels import use_fla
 from hylo.ops.linear_recurrence import (
     Chunks,
     causal_differences,
@@ -57,23 +57,12 @@ def kimi_delta_attention(
     if k.shape[-1] <= FLA_MOST_KEYS and use_fla(v):
         from fla.ops.kda import chunk_kda, fused_recurrent_kda
 
-        keep = return_state and cu_seqlens is None
-        short = q.shape[1] <= SHORT and cu_seqlens is None and not will_differentiate(q, k, v, f, b, A_log, dt_bias)
-        return (fused_recurrent_kda if short else chunk_kda)(
-            q=q,
-            k=k,
-            v=v,
-            g=f,
-            beta=b,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            initial_state=state,
-            output_final_state=keep,
-            # The layout that the kernels prefer; cached states are [K, V].
-            state_v_first=not keep and state is None,
-            use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True,
-            use_beta_sigmoid_in_kernel=True,
+        return by_fla(
+            fused_recurrent_kda,
+            chunk_kda,
+            *(q, k, v, f, b, A_log, dt_bias),
+            state=state,
+            return_state=return_state,
             cu_seqlens=cu_seqlens,
         )
     g = softplus_decay(f, A_log[:, None], dt_bias.view(f.shape[-2:]))
