@@ -2,11 +2,13 @@
 
 python benchmarks/mixers.py --name mixers-h100
 
-Layers of one name have the same weights; their outputs are compared before they are timed. fla's Mamba-2 runs its fast
-path only with mamba-ssm, its MLA only with flash-attn; where those are missing, the result says what stood in.
+Layers of one name have the same weights; their outputs are compared before they are timed. fla's Mamba-2 needs the
+Triton kernels of mamba-ssm, its MLA flash-attn; where the latter is missing, the result says what stood in.
 """
 
 import argparse
+import importlib
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -71,23 +73,45 @@ def cases(tokens: int) -> dict[str, Callable[[], tuple[Layer, nn.Module, dict[st
         mixer = ours("kda", geometry, hidden_size=2048)
         return same(mixer, KimiDeltaAttention(2048, head_dim=128, num_heads=16), "fla KimiDeltaAttention")
 
-    def mamba2() -> Any:
-        geometry = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
-        mixer = ours("mamba2", geometry, hidden_size=2048, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+    def fla_mamba2() -> nn.Module:
+        from fla.layers import Mamba2 as FlaMamba2
+
+        # Its path for training alone needs causal-conv1d; the other differentiates as well, on the same kernels.
+        layer = FlaMamba2(
+            num_heads=16,
+            head_dim=128,
+            hidden_size=2048,
+            state_size=128,
+            expand=1,
+            n_groups=16,
+            norm_before_gate=False,
+            layer_idx=0,
+        )
+        return layer.eval()
+
+    def mamba2(num_kv_heads: int) -> tuple[Layer, nn.Module]:
+        geometry = {"num_heads": 16, "num_kv_heads": num_kv_heads, "head_dim": 128}
+        sizes = {"num_attention_heads": 16, "num_key_value_heads": num_kv_heads, "head_dim": 128}
+        mixer = ours("mamba2", geometry, hidden_size=2048, **sizes)
+        return called(mixer, tokens), mixer
+
+    def mamba2_same() -> Any:
+        return same(mamba2(16)[1], fla_mamba2(), "fla Mamba2")
+
+    def mamba2_grouped() -> Any:
+        layer, mixer = mamba2(8)
+        peer = fla_mamba2().to("cuda", torch.bfloat16)
         simple = SimpleGatedLinearAttention(
             hidden_size=2048, num_heads=16, expand_k=1, expand_v=1, use_short_conv=True, gate_logit_normalizer=16
         ).to("cuda", torch.bfloat16)
         peers: dict[str, tuple[Layer, nn.Module]] = {
-            "fla SimpleGatedLinearAttention (the same recurrence)": (lambda x: simple(x)[0], simple)
+            "fla Mamba2 with 16 heads of x and B": (lambda x: peer(x)[0], peer),
+            "fla SimpleGatedLinearAttention, without dt, D and the convolution's bias": (
+                lambda x: simple(x)[0],
+                simple,
+            ),
         }
-        from fla.layers import Mamba2 as FlaMamba2
-
-        plain = FlaMamba2(
-            num_heads=16, head_dim=128, hidden_size=2048, state_size=128, expand=1, n_groups=16, layer_idx=0
-        )
-        plain = plain.to("cuda", torch.bfloat16)
-        peers["fla Mamba2 without mamba-ssm (plain torch)"] = (lambda x: plain(x)[0], plain)
-        return called(mixer, tokens), mixer, peers, False
+        return layer, mixer, peers, False
 
     def mla() -> Any:
         geometry = {
@@ -127,7 +151,8 @@ def cases(tokens: int) -> dict[str, Callable[[], tuple[Layer, nn.Module, dict[st
         "gdn, 6 heads of 256/512, d 2048": gdn_published,
         "gdn, 24 heads of 128, d 3072": gdn_aligned,
         "kda, 16 heads of 128, d 2048": kda,
-        "mamba2, 16 and 8 heads of 128, d 2048": mamba2,
+        "mamba2, 16 heads of 128, d 2048": mamba2_same,
+        "mamba2, 16 and 8 heads of 128, d 2048": mamba2_grouped,
         "mla, rank 128, 24 heads of 64+64, d 3072": mla,
     }
 
@@ -153,6 +178,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     result: dict[str, Any] = circumstances() | {"tokens": arguments.tokens, "repeats": arguments.repeats, "layers": {}}
+    result["versions"]["mamba-ssm"] = getattr(importlib.import_module("mamba_ssm"), "__version__", None)
     for name, build in cases(arguments.tokens).items():
         if not name.startswith(arguments.only):
             continue
@@ -193,10 +219,11 @@ def main() -> None:
         write_result(arguments.output / f"{arguments.name}.json", result)
         del layer, module, peers, x, upstream
         torch.cuda.empty_cache()
-    rows = [value for row in result["layers"].values() for value in row.values() if isinstance(value, dict)]
-    slower = [row["ratio"] for row in rows if row.get("ratio", 0) > 1.05]
+    # fla's own layer comes first among the peers.
+    first = {name: next(v for v in row.values() if isinstance(v, dict)) for name, row in result["layers"].items()}
+    slower = {name: row for name, row in first.items() if not row.get("ratio", math.inf) <= 1.05}
     if slower:
-        sys.exit(f"slower than 1.05 times a peer: {slower}")
+        sys.exit(f"not shown to be within 1.05 times fla's own layer: {slower}")
 
 
 if __name__ == "__main__":
