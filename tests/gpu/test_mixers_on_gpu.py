@@ -81,30 +81,40 @@ def test_gradients(mixer: str) -> None:
     assert max(errors.values()) < 6e-2, errors
 
 
+def distance(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, from float64: roundings to bfloat16 differ by the order of sums, and none should be larger."""
+    return float((result.double().cpu() - exact).norm() / exact.norm())
+
+
 @pytest.mark.parametrize("mixers", [[mixer] for mixer in MIXERS] + [MIXERS])
 @torch.no_grad()
 def test_prefill_in_chunks_and_decoding_give_the_whole_forward(mixers: list[str]) -> None:
-    model = hybrid(mixers).to("cuda", torch.bfloat16)
-    ids = random_ids(2, 300).cuda()
-    whole = model(ids).logits.float()
+    model = hybrid(mixers)
+    ids = random_ids(2, 300)
+    exact = model.double()(ids).logits
+    model.to("cuda", torch.bfloat16)
+    ids = ids.cuda()
+    whole = model(ids).logits
     cache, logits = None, []
     for part in (*ids[:, :290].split(77, dim=1), *ids[:, 290:].split(1, dim=1)):
         out = model(part, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        logits.append(out.logits.float())
-    joined = torch.cat(logits, dim=1)
-    assert (joined - whole).norm() < 3e-2 * whole.norm()
+        logits.append(out.logits)
+    assert distance(torch.cat(logits, dim=1), exact) < 1.2 * distance(whole, exact)
     assert cache.token_bytes() == 2 * model.config.cache_bytes(300)
     assert cache.state_bytes() == 2 * model.config.state_bytes()
 
 
 @torch.no_grad()
 def test_generation_with_left_padding() -> None:
-    model = hybrid(MIXERS).to("cuda", torch.bfloat16)
-    ids = random_ids(2, 40).cuda()
+    model = hybrid(MIXERS)
+    ids = random_ids(2, 40)
+    exact = model.double()(ids[:1, 15:]).logits[0]
+    model.to("cuda", torch.bfloat16)
+    ids = ids.cuda()
     mask = torch.ones_like(ids)
     mask[0, :15] = 0
     ids[0, :15] = 0
-    padded = model(ids, attention_mask=mask).logits[0, 15:].float()
-    alone = model(ids[:1, 15:]).logits[0].float()
-    assert (padded - alone).norm() < 3e-2 * alone.norm()
+    padded = model(ids, attention_mask=mask).logits[0, 15:]
+    alone = model(ids[:1, 15:]).logits[0]
+    assert distance(padded, exact) < 1.2 * distance(alone, exact)
