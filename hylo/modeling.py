@@ -1,24 +1,59 @@
 """HyLoForCausalLM: a Llama whose layers each name their token mixer. Single device, Hugging Face native."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import SiLUActivation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hylo.cache import HyLoCache, make_cache
 from hylo.config import HyLoConfig
 from hylo.mixers import TokenMixer, mixer_class
+from hylo.mixers.norm import RMSNorm
 from hylo.mixers.rotary import RotaryEmbedding
-from hylo.ops.packing import document_offsets, left_padding
+from hylo.ops.packing import document_offsets, left_padding, offsets_of
+from hylo.ops.swiglu import swiglu
+
+# Tokens of a long sequence that pass an MLP at a time, where no gradients are wanted.
+MLP_CHUNK = 16384
+
+
+class MLP(LlamaMLP):
+    """Llama's MLP, some tokens at a time: its values inside are several times as wide as the stream.
+
+    Attributes:
+        chunk_size: tokens at a time in a training step too, each chunk made again in the backward pass; None for all at
+            once. Without gradients sequences pass in chunks anyway, at no cost.
+    """
+
+    chunk_size: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = torch.is_grad_enabled()
+        size = self.chunk_size if training else MLP_CHUNK
+        if size is None or x.shape[-2] <= size:
+            return self._whole(x)
+        if training:
+            parts = [checkpoint(self._whole, part, use_reentrant=False) for part in x.split(size, dim=-2)]
+        else:
+            parts = [self._whole(part) for part in x.split(size, dim=-2)]
+        return torch.cat(parts, dim=-2)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        if not isinstance(self.act_fn, SiLUActivation | nn.SiLU):
+            return super().forward(x)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class HyLoDecoderLayer(GradientCheckpointingLayer):
@@ -26,10 +61,10 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: HyLoConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = config.mixer_of(layer_idx)(config, layer_idx)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
 
     def forward(
         self,
@@ -46,8 +81,8 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
 
     def after_mixing(self, hidden_states: Tensor, mixed: Tensor) -> Tensor:
         """The rest of the layer, given its input and what its mixer made of it, `[B, T, D]` each."""
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normed, hidden_states = self.post_attention_layernorm.of_sum(mixed, hidden_states)
+        return hidden_states + self.mlp(normed)
 
 
 class HyLoPreTrainedModel(PreTrainedModel):
@@ -98,7 +133,7 @@ class HyLoModel(HyLoPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([HyLoDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # One for each mixer that rotates: a mixer may rotate fewer values a head than the base.
         self.rotary_embeddings = nn.ModuleDict()
         for name in sorted(set(config.token_mixers or [])):
@@ -106,6 +141,8 @@ class HyLoModel(HyLoPreTrainedModel):
             if rotary is not None:
                 self.rotary_embeddings[name] = rotary
         self.gradient_checkpointing = False
+        # Under autocast: float32, as the embedding gives it, or less where a training step is to be fast.
+        self.stream_dtype: torch.dtype | None = None
         self.post_init()
 
     @property
@@ -199,6 +236,8 @@ class HyLoModel(HyLoPreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.stream_dtype is not None:
+            inputs_embeds = inputs_embeds.to(self.stream_dtype)
         shape = inputs_embeds.shape
         # transformers' collators name the offsets so, beside others that follow from them.
         cu_seqlens = kwargs.pop("cu_seq_lens_q", cu_seqlens)
@@ -241,8 +280,9 @@ def _check_packed(
     if attention_mask is not None or past_key_values is not None:
         raise ValueError("packed documents (cu_seqlens) take neither attention_mask nor past_key_values")
     tokens = shape[0] * shape[1]
-    rises = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and bool((cu_seqlens.diff() >= 0).all())
-    if not rises or cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
+    offsets = offsets_of(cu_seqlens) if cu_seqlens.dim() == 1 else []
+    rises = len(offsets) > 1 and all(end >= begin for begin, end in pairwise(offsets))
+    if not rises or offsets[0] != 0 or offsets[-1] != tokens:
         raise ValueError(f"cu_seqlens: expected offsets that rise from 0 to {tokens}, the tokens of the batch")
 
 

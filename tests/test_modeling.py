@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from differentiate import with_gradients
 from tiny import HYBRIDS, hybrid_config, random_hybrid, random_ids
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
@@ -280,3 +281,37 @@ def test_published_geometries_to_the_parameter(name: str) -> None:
     with torch.device("meta"):
         model = HyLoForCausalLM(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_mlp_in_chunks_is_the_mlp(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients; without gradients long sequences pass in chunks by themselves."""
+    model = random_hybrid(["attention"]).double()
+    mlp, x = model.model.layers[0].mlp, torch.randn(2, 23, model.config.hidden_size, dtype=torch.float64)
+    seen: list[int] = []
+    mlp.gate_proj.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    inputs = {"x": x.requires_grad_(), **dict(mlp.named_parameters())}
+    expected = with_gradients([mlp(x)], inputs) if training else mlp(x).detach()
+    assert seen == [23]
+    seen.clear()
+    monkeypatch.setattr(mlp, "chunk_size", 10)
+    monkeypatch.setattr("hylo.modeling.MLP_CHUNK", 10)
+    with torch.set_grad_enabled(training):
+        result = with_gradients([mlp(x)], inputs) if training else mlp(x)
+    # Once more each in the backward pass.
+    assert sorted(seen) == sorted([10, 10, 3] * (2 if training else 1))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+def test_the_stream_may_be_in_half_precision() -> None:
+    model = random_hybrid(["attention", "gdn"])
+    ids = random_ids(2, 12)
+    inputs: list[torch.dtype] = []
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: inputs.append(args[0].dtype))
+    exact = model(ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide = model(ids).logits
+        model.model.stream_dtype = torch.bfloat16
+        half = model(ids).logits
+    assert inputs == [torch.float32, torch.float32, torch.bfloat16]
+    assert (half - exact).norm() < 2 * (wide - exact).norm()

@@ -6,8 +6,6 @@ import pytest
 import torch
 from differentiate import with_gradients
 from tiny import HYBRIDS, random_hybrid, random_ids
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hylo import HyLoForCausalLM
 from hylo.cache import make_cache
@@ -21,13 +19,8 @@ POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
 
 
 @pytest.fixture(params=HYBRIDS)
-def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HyLoForCausalLM:
-    """In float64 throughout: transformers' own norm rounds to float32."""
-
-    def norm(self: LlamaRMSNorm, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
+def model(request: pytest.FixtureRequest) -> HyLoForCausalLM:
+    """In float64 throughout."""
     return random_hybrid(**HYBRIDS[request.param]).double()
 
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+from transformers.models.llama.modeling_llama import rotate_half
 
 from hylo.errors import HyLoError
 from hylo.mixers.base import Geometry, TokenMixer, is_whole
+from hylo.mixers.norm import RMSNorm
 from hylo.mixers.rotary import RotaryEmbedding
 from hylo.mixers.softmax import attend, attend_in_blocks
 from hylo.ops.attention import shared_head_attention
@@ -118,9 +119,9 @@ class MultiHeadLatentAttention(TokenMixer):
         )
         self.o_proj = nn.Linear(self.num_heads * geometry.v_head_dim, config.hidden_size, bias=config.mixer_output_bias)
         if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(geometry.qk_head_dim, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(geometry.qk_head_dim, eps=config.rms_norm_eps)
         if geometry.key_norm:
-            self.k_norm = LlamaRMSNorm(geometry.qk_head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(geometry.qk_head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from hylo.ops.attention import PartialSoftmax, attention_with_lse, packed_attention
+from hylo.ops.attention import PartialSoftmax, attention_with_lse, fastest_sdpa, packed_attention
 
 # Keys and values that a chunk of a long prompt sees at a time.
 KEY_BLOCK = 16384
@@ -50,9 +50,10 @@ def attend(
     window = getattr(mixer, "sliding_window", None)
 
     def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        output, _ = interface(
-            mixer, q, k, v, mask, dropout=dropout, scaling=mixer.scaling, sliding_window=window, **kwargs
-        )
+        with fastest_sdpa(q, k.shape[2]):
+            output, _ = interface(
+                mixer, q, k, v, mask, dropout=dropout, scaling=mixer.scaling, sliding_window=window, **kwargs
+            )
         return output
 
     if cu_seqlens is None:
@@ -63,7 +64,8 @@ def attend(
         masked = eager or (window is not None and q.shape[2] > window)
         return whole(q, k, v, _causal_mask(q, window) if masked else None)
 
-    return packed_attention(document, cu_seqlens, q, k, v)
+    plain = mixer.config._attn_implementation != "sdpa" or window is not None or dropout > 0
+    return packed_attention(document, cu_seqlens, q, k, v, scale=mixer.scaling, plain=plain)
 
 
 def attend_in_blocks(

@@ -6,30 +6,95 @@
 - `shared_head_attention`: one token's heads over one shared key head, the shape of absorbed MLA decoding.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hylo.ops.kernels import chosen_kernels
-from hylo.ops.packing import each_document
+from hylo.ops.packing import each_document, spans
 
 # Scores that the plain form holds at a time.
 _SCORES = 2**24
 # Keys that one thread block of a GPU reads when a single token attends; many blocks share a long past.
 DECODE_BLOCK = 2048
+# Mean tokens of a document from which SDPA, called for each, is faster than the kernel for all.
+LONG_DOCUMENT = 8192
 
 
 def packed_attention(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], cu_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    cu_seqlens: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    plain: bool = False,
 ) -> Tensor:
-    """`attend`, which takes heads first and returns `[1, T, H, V]`, on each document alone.
+    """Causal attention within each document: by one kernel for all where they are short, else one after the other.
 
     Args:
-        q, k, v: `[1, H or Hkv, T, ...]`.
+        attend: takes heads first and returns `[1, T, H, V]`, for one document.
+        q: `[1, H, T, K]`.
+        k, v: `[1, Hkv, T, K]` and `[1, Hkv, T, V]`.
+        plain: whether `attend` does something that the kernel does not, such as a window or dropout.
     """
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    short = q.shape[2] < LONG_DOCUMENT * len(spans(cu_seqlens))
+    if q.is_cuda and half and short and not plain and chosen_kernels() != "reference":
+        return _varlen_attention(q, k, v, cu_seqlens, scale)
     return each_document(attend, cu_seqlens, q, k, v, dim=2)
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """`[1, T, H, V]`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The kernel wants one head size; zeros change neither scores nor the outputs kept.
+    size, v_size = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    q, k, v = (functional.pad(x[0].transpose(0, 1), (0, size - x.shape[-1])) for x in (q, k, v))
+    longest = max(end - begin for begin, end in spans(cu_seqlens))
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = k.shape[1] != q.shape[1]
+    if "scale" not in known:
+        q = q * (scale * size**0.5)
+    else:
+        options["scale"] = scale
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out[None, ..., :v_size]
+
+
+@contextmanager
+def fastest_sdpa(q: Tensor, length: int) -> Iterator[None]:
+    """Inside the block, SDPA takes the faster kernel of Hopper where it is worth it.
+
+    cuDNN makes a plan for each new length, so it is asked for round lengths alone, as windows of training are.
+
+    Args:
+        q: `[B, H, T, K]`.
+        length: of the keys.
+    """
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    if hopper and q.shape[2] == length and length % 1024 == 0 and chosen_kernels() != "reference":
+        order = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+        with sdpa_kernel(order, set_priority=True):
+            yield
+    else:
+        yield
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:

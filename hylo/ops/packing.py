@@ -1,5 +1,6 @@
 """Packed batches: documents end to end in one row, with the offsets at which they begin and end."""
 
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -23,10 +24,20 @@ def document_offsets(position_ids: Tensor) -> Tensor:
     return torch.cat([begins, end]).to(torch.int32)
 
 
+_last_read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
+
+
+def offsets_of(cu_seqlens: Tensor) -> list[int]:
+    """The offsets as numbers. Read once for all layers of a model: reading from a GPU waits for all it has to do."""
+    global _last_read
+    if _last_read is None or _last_read[0]() is not cu_seqlens or _last_read[1] != cu_seqlens._version:
+        _last_read = weakref.ref(cu_seqlens), cu_seqlens._version, cu_seqlens.tolist()
+    return _last_read[2]
+
+
 def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """Begin and end of each document that has tokens."""
-    offsets = cu_seqlens.tolist()
-    return [(begin, end) for begin, end in pairwise(offsets) if end > begin]
+    return [(begin, end) for begin, end in pairwise(offsets_of(cu_seqlens)) if end > begin]
 
 
 def each_document(compute: Callable[..., Tensor], cu_seqlens: Tensor, *tensors: Tensor, dim: int = 1) -> Tensor:

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hylo.ops.attention import PartialSoftmax, attention_with_lse, shared_head_attention
+from hylo.ops.attention import (
+    PartialSoftmax,
+    attention_with_lse,
+    fastest_sdpa,
+    packed_attention,
+    shared_head_attention,
+)
 from hylo.ops.gated_delta_rule import gated_delta_net
 from hylo.ops.gated_linear_attention import gated_linear_attention
 from hylo.ops.gated_norm import gate_then_norm, norm_then_gate
 from hylo.ops.kernels import kernels
 from hylo.ops.kimi_delta_rule import kimi_delta_attention
+from hylo.ops.rms_norm import add_then_norm
 from hylo.ops.short_convolution import short_convolution
+from hylo.ops.swiglu import swiglu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and HYLO_TEST_GPU=1")
 
@@ -173,6 +181,47 @@ def test_norm_then_gate(activation: Any) -> None:
 def test_gate_then_norm() -> None:
     inputs = {"x": rounded(2, 77, 4, 64), "gate": rounded(2, 77, 4, 64), "weight": rounded(256)}
     compare(lambda **x: gate_then_norm(**x, eps=1e-5), inputs, float32=("weight",))
+
+
+def test_add_then_norm() -> None:
+    inputs = {"x": rounded(2, 150, 576), "residual": rounded(2, 150, 576), "weight": rounded(576)}
+    compare(lambda **x: add_then_norm(**x, eps=1e-5), inputs, float32=("weight",))
+    compare(lambda **x: add_then_norm(**x, eps=1e-5)[1], inputs | {"weight": torch.ones(576)}, float32=("weight",))
+
+
+def test_swiglu() -> None:
+    compare(swiglu, {"gate": rounded(2, 150, 1536), "up": rounded(2, 150, 1536)})
+
+
+@pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (128, 128), (96, 64), (64, 128)])
+@pytest.mark.parametrize("offsets", [[0, 5, 70, 134, 300], [0, 1024, 1024, 2048]])
+def test_packed_attention(offsets: list[int], k_size: int, v_size: int) -> None:
+    """By one kernel for all documents."""
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+    inputs = {
+        "q": rounded(1, 8, offsets[-1], k_size),
+        "k": rounded(1, 2, offsets[-1], k_size),
+        "v": rounded(1, 2, offsets[-1], v_size),
+    }
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    compare(
+        lambda **x: packed_attention(alone, cu_seqlens.to(x["q"].device), **x, scale=k_size**-0.5),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (128, 128)])
+def test_the_faster_kernel_of_sdpa(k_size: int, v_size: int) -> None:
+    inputs = {"q": rounded(1, 8, 1024, k_size), "k": rounded(1, 2, 1024, k_size), "v": rounded(1, 2, 1024, v_size)}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with fastest_sdpa(q, k.shape[2]):
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    compare(attend, inputs)
 
 
 @pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (128, 128), (96, 64), (64, 128)])

@@ -13,7 +13,7 @@ from hylo.ops.attention import packed_attention
 from hylo.ops.gated_delta_rule import gated_delta_net
 from hylo.ops.gated_linear_attention import gated_linear_attention
 from hylo.ops.kimi_delta_rule import kimi_delta_attention
-from hylo.ops.packing import document_offsets, each_document, spans
+from hylo.ops.packing import document_offsets, each_document, offsets_of, spans
 from hylo.ops.short_convolution import short_convolution
 
 HEADS, KEY, VALUE = 2, 6, 5
@@ -75,7 +75,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None)
         return functional.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    return alone(*heads_first) if cu_seqlens is None else packed_attention(alone, cu_seqlens, *heads_first)
+    if cu_seqlens is None:
+        return alone(*heads_first)
+    return packed_attention(alone, cu_seqlens, *heads_first, scale=q.shape[-1] ** -0.5)
 
 
 OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Tensor]]]] = {
@@ -127,3 +129,11 @@ def test_packed_documents_are_what_each_is_alone(name: str) -> None:
 def test_packed_documents_leave_no_state(name: str) -> None:
     compute, make = OPERATIONS[name]
     assert compute(**make(), cu_seqlens=OFFSETS)[1] is None
+
+
+def test_offsets_are_read_anew_where_they_changed() -> None:
+    offsets = torch.tensor([0, 3, 8])
+    assert offsets_of(offsets) == offsets_of(offsets) == [0, 3, 8]
+    offsets[1] = 4
+    assert offsets_of(offsets) == [0, 4, 8]
+    assert offsets_of(torch.tensor([0, 8])) == [0, 8]
