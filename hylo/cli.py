@@ -108,10 +108,13 @@ def demo(
 
 
 def _upcycle(recipe: Any, output: Path, first: str | None, until: str | None) -> None:
+    from hylo.distill.parallel import is_main
     from hylo.evaluate.report import report_table
     from hylo.pipeline import UpcycleRun
 
     results = UpcycleRun(recipe, output).run(first, until)
+    if not is_main():
+        return
     report = results.get("report")
     if report is None:
         out.print(f"done until {list(results)[-1]}, in {output}", highlight=False, markup=False)
@@ -209,9 +212,10 @@ def _convert_calibrated(
 
     import torch
 
+    from hylo.data.sources import read_documents
+    from hylo.data.windows import make_windows
     from hylo.files import atomic_directory
     from hylo.precision import resolve_precision
-    from hylo.text import make_windows, read_documents
     from hylo.upcycle.bases import load_tokenizer
     from hylo.upcycle.calibrate import calibrate_checkpoint
     from hylo.upcycle.convert import write_checkpoint

@@ -8,12 +8,12 @@ does not fit is refused, unless it is asked for by name. A stage that was stoppe
 
 import hashlib
 import importlib.util
-import itertools
 import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
+from hylo.data.prepare import Corpus
+from hylo.data.windows import make_windows
+from hylo.distill import parallel
 from hylo.distill.checkpoints import Checkpoints
 from hylo.distill.recipe import Recipe, StageSection
 from hylo.distill.trainer import Carrying, resolve_report_to, train_stage
@@ -31,7 +34,6 @@ from hylo.files import atomic_directory, read_json, sync_tree, write_json
 from hylo.generate import continue_prompt
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.progress import console
-from hylo.text import Document, hold_out, make_windows, read_documents, text_digest, without_overlap
 from hylo.upcycle.bases import (
     Base,
     check_same_vocabulary,
@@ -55,12 +57,14 @@ _RUN_FILE = "run.json"
 class Step:
     """A step of a run: its name, what it depends on besides the steps before it, and what it does.
 
-    `action` gets the folder to fill; its result is kept in the step's `step.json`.
+    `action` gets the folder to fill; its result is kept in the step's `step.json`. Where a run has several ranks, the
+    first one does the step while the others wait, or all do it `together`.
     """
 
     name: str
     depends_on: Any
     action: Callable[[Path], dict[str, Any]]
+    together: bool = False
 
 
 class UpcycleRun:
@@ -93,12 +97,9 @@ class UpcycleRun:
         return load_tokenizer(self.base_folder)
 
     @cached_property
-    def documents(self) -> tuple[list[Document], list[Document]]:
-        """For training and for evaluation, disjoint in text."""
-        data = self.recipe.data
-        training = read_documents(data.train)
-        held_out = hold_out(training, data.holdout) if data.eval is None else read_documents(data.eval)
-        return without_overlap(training, held_out), held_out
+    def corpus(self) -> Corpus:
+        """What the run trains and is evaluated on, disjoint in text."""
+        return Corpus(self.recipe.data, lambda: self.tokenizer, evaluation_tokens=self.recipe.evaluation.tokens)
 
     @property
     def _rope_scaling(self) -> dict[str, Any] | None:
@@ -112,12 +113,17 @@ class UpcycleRun:
     def _teacher_digest(self) -> str | None:
         return weights_digest(resolve_base(self.recipe.teacher)) if self.recipe.teacher is not None else None
 
-    @cached_property
-    def _text_digest(self) -> str:
-        return text_digest(itertools.chain(*self.documents))
+    @property
+    def _data(self) -> list[Any]:
+        """What steps that read text depend on."""
+        return [self.recipe.data.model_dump(), self.corpus.digest]
 
     def _model(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         return load_model(folder, dtype).to(self.device)
+
+    def _trained_model(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Of several ranks each puts its own part of a layer on its GPU, so that none needs room for the whole."""
+        return load_model(folder, dtype) if parallel.world_size() > 1 else self._model(folder, dtype)
 
     # The steps.
 
@@ -125,7 +131,7 @@ class UpcycleRun:
     def steps(self) -> list[Step]:
         recipe = self.recipe
         training = [self._stage_step(i, stage) for i, stage in enumerate(recipe.stages)]
-        data = [recipe.data.model_dump(), self._text_digest]
+        data = self._data
         steps = [
             Step("convert", [self._base_digest, recipe.layout, recipe.geometry, self._rope_scaling], self._convert)
         ]
@@ -170,9 +176,7 @@ class UpcycleRun:
     def _calibrate(self, folder: Path) -> dict[str, Any]:
         section = self.recipe.calibration
         assert section is not None
-        windows = make_windows(
-            self.documents[0], self.tokenizer, section.length, limit_tokens=section.tokens, seed=self.recipe.seed
-        )
+        windows = self.corpus.calibration(tokens=section.tokens, length=section.length, seed=self.recipe.seed)
         calibrate_checkpoint(
             self._previous("calibrate"),
             self.base_folder,
@@ -187,28 +191,25 @@ class UpcycleRun:
 
     def _stage_step(self, index: int, stage: StageSection) -> Step:
         recipe = self.recipe
-        depends = [stage.model_dump(), self._teacher_digest, self._text_digest, recipe.seed, str(self.dtype)]
+        depends = [stage.model_dump(), self._teacher_digest, self._data, recipe.seed, str(self.dtype)]
         # Calibration has the recipe's seed; each stage its own, and so other windows of the text.
-        return Step(stage.name, depends, lambda folder: self._stage(stage, folder, recipe.seed + 1 + index))
+        return Step(
+            stage.name, depends, lambda folder: self._stage(stage, folder, recipe.seed + 1 + index), together=True
+        )
 
     def _stage(self, stage: StageSection, folder: Path, seed: int) -> dict[str, Any]:
         checkpoints = self._stage_checkpoints(stage.name)
         # Before the models are read, which takes a while.
         resume = checkpoints.latest()
         set_seed(seed)
-        windows = make_windows(
-            self.documents[0],
-            self.tokenizer,
-            stage.length,
-            limit_tokens=stage.steps * stage.tokens_per_step,
-            seed=seed,
-        )
-        student = self._model(self._previous(stage.name))
+        tokens = stage.steps * stage.tokens_per_step
+        windows = parallel.main_first(lambda: self.corpus.prepare(tokens=tokens, length=stage.length, seed=seed))
+        student = self._trained_model(self._previous(stage.name))
         if stage.objective == "layerwise":
-            teacher = self._model(self.base_folder)
+            teacher = self._trained_model(self.base_folder)
         else:
             # Frozen, so it is kept in what it computes in.
-            teacher = self._model(self.teacher_folder, self.dtype)
+            teacher = self._trained_model(self.teacher_folder, self.dtype)
         carrying = Carrying(
             checkpoints=checkpoints,
             when=self.recipe.checkpoints,
@@ -221,14 +222,15 @@ class UpcycleRun:
         logs = train_stage(
             stage, student, teacher, windows, folder, dtype=self.dtype, seed=seed, carrying=carrying, resume=resume
         )
-        save_checkpoint(student, folder, self.base_folder)
-        tokens = round(stage.steps * stage.tokens_per_step * windows.fill)
-        result = {"tokens": tokens, "distinct_tokens": windows.tokens, "logs": logs}
+        finished = parallel.whole(student)
+        if parallel.is_main():
+            save_checkpoint(finished, folder, self.base_folder)
+        result = {"tokens": windows.tokens, "sources": [asdict(source) for source in windows.sources], "logs": logs}
         return result if resume is None else result | {"seconds_before": round(resume.state["seconds"], 1)}
 
     def _stage_checkpoints(self, name: str) -> Checkpoints:
         root = self.output / f".{name}.checkpoints"
-        return Checkpoints(name, root, self._fingerprints()[name], self.recipe.checkpoints.keep)
+        return Checkpoints(name, root, self._fingerprints[name], self.recipe.checkpoints.keep)
 
     def _save(self, folder: Path) -> dict[str, Any]:
         model = self._model(self._previous("model"))
@@ -238,7 +240,7 @@ class UpcycleRun:
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         section = self.recipe.evaluation
         windows = make_windows(
-            self.documents[1], self.tokenizer, section.length, limit_tokens=section.tokens, seed=self.recipe.seed
+            self.corpus.evaluation, self.tokenizer, section.length, limit_tokens=section.tokens, seed=self.recipe.seed
         )
         batches = windows.batches(2)
         scores: dict[str, Scores] = {}
@@ -282,7 +284,9 @@ class UpcycleRun:
             if needed_by and importlib.util.find_spec(package) is None:
                 raise HyLoError(f"upcycling needs {package}; install it with: pip install 'hylo[train]'")
         resolve_report_to(self.recipe)
-        _ = self.documents
+        for stage in self.recipe.stages:
+            parallel.share_of_rank(stage)
+        self.corpus.check()
         resolve_base(self.recipe.base)
         if self.recipe.teacher is not None:
             resolve_base(self.recipe.teacher)
@@ -308,6 +312,17 @@ class UpcycleRun:
         Raises:
             HyLoError: on bad input, or where a step was done with another recipe.
         """
+        parallel.begin()
+        self._fingerprints = parallel.on_main(lambda: self._prepare(first, until))
+        results = {}
+        for step in self.steps:
+            results[step.name] = self._do(step)
+            if step.name == until:
+                break
+        return results
+
+    def _prepare(self, first: str | None, until: str | None) -> dict[str, str]:
+        """Checks everything and clears what is to be done again. Returns the steps' fingerprints."""
         names = self.step_names
         for name in (first, until):
             if name is not None and name not in names:
@@ -315,7 +330,7 @@ class UpcycleRun:
         if first and until and names.index(until) < names.index(first):
             raise HyLoError(f"--until {until} comes before --from {first}; expected a step after it")
         self._check_output()
-        fingerprints = self._fingerprints()
+        fingerprints = self._fingerprints
         redo = names[names.index(first) :] if first else []
         self._check_fingerprints(fingerprints, redo)
         self.check()
@@ -330,12 +345,7 @@ class UpcycleRun:
         for name in redo:
             shutil.rmtree(self.output / name, ignore_errors=True)
             self._stage_checkpoints(name).clear()
-        results = {}
-        for step in self.steps:
-            results[step.name] = self._do(step, fingerprints[step.name])
-            if step.name == until:
-                break
-        return results
+        return fingerprints
 
     def _check_output(self) -> None:
         """Raises HyLoError where the output is not a folder of runs: nothing of the user's own is written over."""
@@ -348,6 +358,7 @@ class UpcycleRun:
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
 
+    @cached_property
     def _fingerprints(self) -> dict[str, str]:
         """Of each step: a hash over what it and the steps before it depend on."""
         fingerprints, sofar = {}, ""
@@ -365,21 +376,39 @@ class UpcycleRun:
                     f"pass --from {name} to make it again, or choose another output"
                 )
 
-    def _do(self, step: Step, fingerprint: str) -> dict[str, Any]:
+    def _do(self, step: Step) -> dict[str, Any]:
+        done = parallel.on_main(lambda: self._done(step))
+        if done is not None:
+            return done
+        return self._carry_out(step) if step.together else parallel.on_main(lambda: self._carry_out(step))
+
+    def _done(self, step: Step) -> dict[str, Any] | None:
+        """What a step kept that is done already; else None."""
         target = self.output / step.name
         file = target / _STEP_FILE
-        if file.is_file():
-            console.print(f"{step.name}: already done, in {target}", style="dim", highlight=False, markup=False)
-            # Where the run was killed as it removed them.
-            self._stage_checkpoints(step.name).clear()
-            return read_json(file)["result"]
-        start = time.monotonic()
-        with atomic_directory(target, overwrite=True) as work:
-            result = step.action(work)
-            seconds = round(time.monotonic() - start + result.get("seconds_before", 0.0), 1)
-            write_json(work / _STEP_FILE, {"fingerprint": fingerprint, "seconds": seconds, "result": result})
-            sync_tree(work)
-        # Only now that what they led to is on the disk.
-        sync_tree(self.output, recursive=False)
+        if not file.is_file():
+            return None
+        console.print(f"{step.name}: already done, in {target}", style="dim", highlight=False, markup=False)
+        # Where the run was killed as it removed them.
         self._stage_checkpoints(step.name).clear()
+        return read_json(file)["result"]
+
+    def _carry_out(self, step: Step) -> dict[str, Any]:
+        start = time.monotonic()
+        with ExitStack() as stack:
+
+            def begin() -> Path:
+                return stack.enter_context(atomic_directory(self.output / step.name, overwrite=True))
+
+            work = parallel.on_main(begin) if step.together else begin()
+            result = step.action(work)
+            if parallel.is_main():
+                seconds = round(time.monotonic() - start + result.get("seconds_before", 0.0), 1)
+                kept = {"fingerprint": self._fingerprints[step.name], "seconds": seconds, "result": result}
+                write_json(work / _STEP_FILE, kept)
+                sync_tree(work)
+        if parallel.is_main():
+            # Only now that what they led to is on the disk.
+            sync_tree(self.output, recursive=False)
+            self._stage_checkpoints(step.name).clear()
         return result

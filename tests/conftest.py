@@ -1,12 +1,16 @@
 """Fixtures that many tests share. Nothing here or in the tests reaches a network."""
 
 import os
+import tempfile
 
 # Before transformers is imported: a hub id in a test must fail at once, not be looked up.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The laws are held on the CPU; tests/gpu asks for a GPU by this variable.
 if not os.environ.get("HYLO_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Tokens of the tests' texts are kept no longer than the tests run.
+_cache = tempfile.TemporaryDirectory(prefix="hylo-tests-")
+os.environ["HYLO_CACHE"] = _cache.name
 # Before torch is: threads that spin while they wait make small products hundreds of times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_windows
+from tiny import random_packed
 from torch import Tensor
 
 from hylo.distill.checkpoints import Checkpoint, Checkpoints
@@ -68,7 +68,7 @@ class Runs:
                 self.stage,
                 student,
                 load_model(self.teacher, torch.float32),
-                random_windows(10, 16),
+                random_packed(10, 16),
                 self.folder / str(self.count),
                 dtype=torch.float32,
                 seed=0,

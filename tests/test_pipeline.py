@@ -12,11 +12,11 @@ import pytest
 import torch
 from stages import KilledError, at_step
 
+from hylo.data.windows import make_windows
 from hylo.distill.recipe import CheckpointsSection, Recipe, parse_recipe
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import evaluate, make_reference
 from hylo.pipeline import UpcycleRun
-from hylo.text import make_windows
 from hylo.upcycle.bases import load_model
 
 STEPS = ["convert", "calibrate", "stage1", "stage2", "model", "evaluate", "report"]
@@ -264,8 +264,7 @@ def test_plot(finished: Path) -> None:
 
 def test_scores_of_the_finished_model_are_those_of_a_fresh_evaluation(finished: Path, recipe: Recipe) -> None:
     run = UpcycleRun(recipe, finished)
-    training, held_out = run.documents
-    assert not {d.name for d in training} & {d.name for d in held_out}
+    held_out = run.corpus.evaluation
     batches = make_windows(held_out, run.tokenizer, 32, limit_tokens=256).batches(2)
     reference = make_reference(load_model(run.base_folder, torch.float32), batches)
     scores = evaluate(load_model(finished / "model", torch.float32), batches, reference)

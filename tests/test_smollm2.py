@@ -11,10 +11,12 @@ from tiny import convert_base
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hylo.data.held_out import hold_out, without_overlap
+from hylo.data.sources import read_documents
+from hylo.data.windows import make_windows
 from hylo.distill.recipe import load_recipe
 from hylo.evaluate.agreement import evaluate, make_reference
 from hylo.precision import autocast, default_device, resolve_precision
-from hylo.text import hold_out, make_windows, read_documents, without_overlap
 from hylo.upcycle.bases import load_model, load_tokenizer, model_folder
 from hylo.upcycle.calibrate import calibrate
 

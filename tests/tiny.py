@@ -1,6 +1,7 @@
 """Tiny models, tokenizers and texts that the tests are made of."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hylo import HyLoConfig, HyLoForCausalLM
-from hylo.text import Windows
+from hylo.data.batches import PackedWindows, collate
+from hylo.data.mixture import Part, plan_windows
+from hylo.data.store import MemoryStore
+from hylo.data.windows import Windows
 from hylo.upcycle.bases import Base
 from hylo.upcycle.convert import ConversionPlan, convert, plan_conversion
 
@@ -158,3 +162,26 @@ def random_windows(count: int, length: int) -> Windows:
     rows = random_ids(count, length).tolist()
     rows[-1] = rows[-1][: length - 3]
     return Windows(rows, length)
+
+
+def random_packed(count: int, length: int) -> PackedWindows:
+    """Packed windows of random tokens: documents shorter than a window, longer ones, and some padding."""
+    # Whole multiples of a window, what fills it up, and pieces that leave three places.
+    lengths = [length, 5, length - 5, 2 * length + 4, length - 7] * -(-count // 5)
+    store = MemoryStore([random_ids(size).numpy() for size in lengths])
+    plan = plan_windows([Part("random", store, None)], length, tokens=count * length, seed=0, packing=True)
+    return PackedWindows([store], plan)
+
+
+def collated(count: int, length: int) -> dict[str, Any]:
+    """A batch of them."""
+    windows = random_packed(count, length)
+    return collate([windows[i] for i in range(count)])
+
+
+def documents_of(batch: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Each document of a packed batch alone: `input_ids` and `labels`, `[1, T]`."""
+    return [
+        {key: batch[key][:, begin:end] for key in ("input_ids", "labels")}
+        for begin, end in pairwise(batch["cu_seqlens"].tolist())
+    ]

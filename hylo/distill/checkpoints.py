@@ -7,13 +7,14 @@ none of them. A new one is written under a temporary name, flushed to the disk a
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from hylo.distill import parallel
 from hylo.errors import HyLoError
 from hylo.files import read_json, sync_tree, write_json
 from hylo.progress import console
@@ -60,6 +61,9 @@ class Checkpoints:
 
         Raises HyLoError where there are some, all damaged.
         """
+        return parallel.on_main(self._latest)
+
+    def _latest(self) -> Checkpoint | None:
         for leftover in self.folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         steps = self._steps()
@@ -101,7 +105,7 @@ class Checkpoints:
         Raises:
             HyLoError: where it cannot be written; the checkpoints that were there stay.
         """
-        work = self.folder / f"{_PARTIAL}{step}"
+        work = self._work(step)
         try:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
@@ -130,6 +134,29 @@ class Checkpoints:
         shutil.rmtree(work, ignore_errors=True)
         for older in self._steps()[self.keep :]:
             self._remove(self._path(older))
+
+    @contextmanager
+    def writing_together(self, step: int, state: dict[str, Any]) -> Iterator[Path]:
+        """As `writing`, by all ranks of a run: the folder `checkpoint-STEP` itself, for each to put its part in.
+
+        Args:
+            state: the first rank's is kept.
+        """
+        made = self._work(step) / f"{_PREFIX}{step}"
+        with ExitStack() as stack:
+
+            def begin() -> None:
+                stack.enter_context(self.writing(step, state))
+                made.mkdir()
+
+            parallel.on_main(begin)
+            yield made
+            # The first rank goes on when all parts are there.
+            parallel.barrier()
+        parallel.barrier()
+
+    def _work(self, step: int) -> Path:
+        return self.folder / f"{_PARTIAL}{step}"
 
     def _remove(self, path: Path) -> None:
         """At once, as far as names go: a run killed meanwhile leaves no half of it."""

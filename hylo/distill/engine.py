@@ -1,5 +1,6 @@
 """What the trainers of all stages share around their loss: guards, metrics, checkpoints, and ending when asked to."""
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hylo.distill import parallel
 from hylo.distill.checkpoints import Checkpoints
 from hylo.distill.progress import StageMonitor
 from hylo.distill.recipe import CheckpointsSection
+from hylo.distill.shards import has_shards, load_model_shards, load_optimizer_shards, save_shards
 from hylo.distill.signals import StopRequest
 
 
@@ -31,6 +34,14 @@ class StageTrainer(Trainer):
         self.monitor, self.checkpoints = monitor, checkpoints
         self.loss_parts = {}
         self._writing_to: Path | None = None
+        if self.sharded:
+            # Its parameters lie on their devices, and reduce their own gradients: all that is left is autocast.
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
+
+    @property
+    def sharded(self) -> bool:
+        return parallel.world_size() > 1
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -53,14 +64,46 @@ class StageTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing_to is None else str(self._writing_to)
 
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        if not self.sharded:
+            super()._move_model_to_device(model, device)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         assert self.checkpoints is not None
-        with self.checkpoints.writing(self.state.global_step, self.monitor.state()) as self._writing_to:
-            super()._save_checkpoint(model, trial)
-            # Pickled, and nothing reads it.
-            for pickled in self._writing_to.rglob("training_args.bin"):
-                pickled.unlink()
-        self._writing_to = None
+        step, state = self.state.global_step, self.monitor.state()
+        if not self.sharded:
+            with self.checkpoints.writing(step, state) as self._writing_to:
+                super()._save_checkpoint(model, trial)
+                # Pickled, and nothing reads it.
+                for pickled in self._writing_to.rglob("training_args.bin"):
+                    pickled.unlink()
+            self._writing_to = None
+            return
+        with self.checkpoints.writing_together(step, state) as folder:
+            save_shards(folder, model, self.optimizer)
+            self._save_rng_state(str(folder))
+            if parallel.is_main():
+                torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if has_shards(Path(resume_from_checkpoint)):
+            load_model_shards(Path(resume_from_checkpoint), self.model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and has_shards(Path(checkpoint)):
+            load_optimizer_shards(Path(checkpoint), self.model, self.optimizer)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Written by another number of ranks it is none of ours; neither data nor loss depend on it.
+        own = f"rng_state_{parallel.rank()}.pth" if self.sharded else "rng_state.pth"
+        if checkpoint is not None and (Path(checkpoint) / own).is_file():
+            super()._load_rng_state(checkpoint)
 
 
 class StageCallback(TrainerCallback):
@@ -69,11 +112,15 @@ class StageCallback(TrainerCallback):
     Args:
         request: to end, by a signal.
         section: when checkpoints are due; None for never.
+
+    Attributes:
+        stopping: whether a rank was asked to end, and the stage ends for that.
     """
 
     def __init__(self, monitor: StageMonitor, request: StopRequest, section: CheckpointsSection | None) -> None:
         self.monitor, self.request, self.section = monitor, request, section
         self._last = time.monotonic()
+        self.stopping = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,11 +132,13 @@ class StageCallback(TrainerCallback):
         self.monitor.step_done()
         if self.section is None:
             return
-        if self.request:
+        due = parallel.is_main() and self._due(self.section, state.global_step)
+        self.stopping, due = parallel.any_rank(bool(self.request), due)
+        if self.stopping:
             control.should_save = control.should_training_stop = True
         # What the last step made is the stage's own result.
         elif state.global_step < state.max_steps:
-            control.should_save = self._due(self.section, state.global_step)
+            control.should_save = due
 
     def _due(self, section: CheckpointsSection, step: int) -> bool:
         by_time = section.minutes is not None and time.monotonic() - self._last >= 60 * section.minutes

@@ -1,7 +1,7 @@
 """How much of a GPU a stage uses: model FLOPs a token, over what the GPU could multiply in that time (MFU).
 
 A matrix of N values costs 2 N to apply to a token, 2 N more where a gradient passes back through it, and 2 N more where
-it trains. Softmax attention of H heads costs 2 H (d_qk + d_v) for each key that a token sees, half of the window on
+it trains. Softmax attention of H heads costs 2 H (d_qk + d_v) for each key that a token sees, half of its document on
 average, and twice that on the way back. The teacher's forward pass counts: without it there is no target. What is
 computed again to save memory does not count, nor do convolutions and recurrences of linear mixers (about 1%).
 """
@@ -46,8 +46,16 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
-def flops_per_token(stage: StageSection, student: HyLoForCausalLM, teacher: PreTrainedModel) -> float:
-    """Model FLOPs for each token of a stage, as above. What trains is read from `requires_grad` of the student."""
+def flops_per_token(
+    stage: StageSection, student: HyLoForCausalLM, teacher: PreTrainedModel, attended: float | None = None
+) -> float:
+    """Model FLOPs for each token of a stage, as above. What trains is read from `requires_grad` of the student.
+
+    Args:
+        attended: the length that tokens attend over, where windows are packed with shorter documents
+            (`PackedWindows.attended`); the whole window by default.
+    """
+    length = stage.length if attended is None else attended
     layerwise = stage.objective == "layerwise"
     total = 0.0
     # End to end, gradients pass back through everything above what trains first.
@@ -55,12 +63,12 @@ def flops_per_token(stage: StageSection, student: HyLoForCausalLM, teacher: PreT
     for i, layer in enumerate(student.model.decoder_layers):
         trained = _trained(layer)
         reached = trained > 0 if layerwise else reached or trained > 0
-        matrices, attention = 2.0 * _size(layer), attention_flops(student.config, i, stage.length)
+        matrices, attention = 2.0 * _size(layer), attention_flops(student.config, i, length)
         total += matrices + attention
         if reached:
             total += matrices + 2.0 * trained + 2.0 * attention
     total += sum(
-        2.0 * _size(layer) + attention_flops(teacher.config, i, stage.length)
+        2.0 * _size(layer) + attention_flops(teacher.config, i, length)
         for i, layer in enumerate(layers_of(teacher))
     )
     if not layerwise:
@@ -69,7 +77,7 @@ def flops_per_token(stage: StageSection, student: HyLoForCausalLM, teacher: PreT
     return total
 
 
-def attention_flops(config: PreTrainedConfig, layer: int, length: int) -> float:
+def attention_flops(config: PreTrainedConfig, layer: int, length: float) -> float:
     """Of one layer's softmax attention, forward, for each token of a window of `length`; 0 for linear mixers."""
     sizes, window = 2 * head_dim(config), None
     if isinstance(config, HyLoConfig):
@@ -88,7 +96,7 @@ def attention_flops(config: PreTrainedConfig, layer: int, length: int) -> float:
     return 2.0 * config.num_attention_heads * sizes * _mean_keys(length, window)
 
 
-def _mean_keys(length: int, window: int | None) -> float:
+def _mean_keys(length: float, window: int | None) -> float:
     """How many keys a token sees on average, itself included."""
     seen = length if window is None else min(window, length)
     return seen - seen * (seen - 1) / (2 * length)

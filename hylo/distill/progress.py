@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hylo.distill import parallel
 from hylo.distill.guards import Guard
 from hylo.distill.recipe import StageSection
 from hylo.progress import Bar
@@ -42,7 +43,8 @@ class StageMonitor:
 
     def __init__(self, stage: StageSection, guard: Guard, speed: Speed, metrics: Path, device: torch.device) -> None:
         self.stage, self.guard, self.speed, self.metrics, self.device = stage, guard, speed, metrics, device
-        self.metrics.write_text("")
+        if parallel.is_main():
+            self.metrics.write_text("")
         self.bar: Bar | None = None
         # Of the step that is being made: on the device, summed over its batches.
         self._sums: dict[str, torch.Tensor] = {}
@@ -64,8 +66,9 @@ class StageMonitor:
         """Whether the step's update may be applied. Raises HyLoError where the guard stops."""
         names = [*self._sums, "grad_norm"]
         norm = torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(self.device)
-        # One transfer a step.
-        values = dict(zip(names, torch.stack([*self._sums.values(), norm.float()]).tolist(), strict=True))
+        # One transfer a step. Each rank has its share of the loss, all have the norm.
+        means = parallel.mean_over_ranks(torch.stack([*self._sums.values(), norm.float()]))
+        values = dict(zip(names, means.tolist(), strict=True))
         self._sums = {}
         accepted = self.guard.accepts(step, values["loss"], values["grad_norm"])
         if accepted:
@@ -77,15 +80,16 @@ class StageMonitor:
     def start(self, done: int, total: int) -> None:
         """Begins the bar, at `done` of `total` steps."""
         per_step = self.speed.tokens_per_step
-        self.bar = Bar(self.stage.name, total * per_step, "tokens", done=done * per_step)
+        if parallel.is_main():
+            self.bar = Bar(self.stage.name, total * per_step, "tokens", done=done * per_step)
         self._begin = self._last_log = time.monotonic()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def step_done(self) -> None:
-        assert self.bar is not None
         self._steps_since_log += 1
-        self.bar.advance(self.speed.tokens_per_step, self._status)
+        if self.bar is not None:
+            self.bar.advance(self.speed.tokens_per_step, self._status)
 
     _status = ""
 
@@ -114,6 +118,8 @@ class StageMonitor:
         return entry
 
     def write(self, step: int, logs: dict[str, float]) -> None:
+        if not parallel.is_main():
+            return
         entry = {"step": step, "tokens": round(step * self.speed.tokens_per_step), "loss": None, "grad_norm": None}
         with self.metrics.open("a") as file:
             file.write(json.dumps(entry | logs) + "\n")
@@ -135,13 +141,14 @@ class StageMonitor:
         return {
             "steps": self._steps,
             "seconds": self.seconds,
-            "metrics": self.metrics.read_text(),
+            "metrics": self.metrics.read_text() if parallel.is_main() else "",
             "guard": self.guard.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self._steps, self._seconds_before = state["steps"], state["seconds"]
-        self.metrics.write_text(state["metrics"])
+        if parallel.is_main():
+            self.metrics.write_text(state["metrics"])
         self.guard.restore(state["guard"])
 
 
@@ -165,5 +172,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`."""
+    """The lines of a `metrics.jsonl`; none where there is no such file, as on ranks that do not write."""
+    if not path.is_file():
+        return []
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -5,16 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from hylo.data.sections import DataSection, Number, Positive, Section, SourceSection
 from hylo.errors import HyLoError
 from hylo.precision import Precision
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"{value} is not a number")
-    return value
 
 
 def _not_other_text(value: Any) -> Any:
@@ -23,32 +18,11 @@ def _not_other_text(value: Any) -> Any:
     return value
 
 
-Positive = Annotated[int, Field(gt=0)]
-# Not strict: YAML reads 1e-3 as text.
-Number = Annotated[float, Field(strict=False, allow_inf_nan=False), BeforeValidator(_not_bool)]
 # Of tokens a window: one predicts nothing.
 Length = Annotated[int, Field(gt=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class DataSection(_Section):
-    """Text to train and to evaluate on.
-
-    Attributes:
-        train: files, folders, or built-in sources (python:topics, python:stdlib).
-        eval: the same, for evaluation; by default, documents held out from `train`.
-        holdout: share of the documents of `train` that is held out where `eval` is not given.
-    """
-
-    train: list[str] = Field(min_length=1)
-    eval: list[str] | None = None
-    holdout: Number = Field(default=0.1, gt=0, lt=1)
-
-
-class CalibrationSection(_Section):
+class CalibrationSection(Section):
     """Closed-form solution of the output projections.
 
     Attributes:
@@ -66,7 +40,7 @@ class CalibrationSection(_Section):
     sequential: bool = True
 
 
-class RopeScalingSection(_Section):
+class RopeScalingSection(Section):
     """YaRN (arXiv 2309.00071): rotary frequencies interpolated for more positions than the base was trained on.
 
     Attributes:
@@ -83,7 +57,7 @@ class RopeScalingSection(_Section):
         return int(self.factor * self.original_max_position_embeddings)
 
 
-class StageSection(_Section):
+class StageSection(Section):
     """One stage of training.
 
     Attributes:
@@ -92,8 +66,8 @@ class StageSection(_Section):
         length: tokens a window.
         tokens: how many to train on.
         learning_rate: the peak; cosine decay after `warmup`.
-        batch_size: windows a step and device.
-        accumulation: batches a step.
+        batch_size: windows at a time, on a device.
+        accumulation: batches a step. Over several devices a step is made of the same windows, so each makes fewer.
         warmup: share of the steps.
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm; by default 1 for `kl`, and not at all for `layerwise`,
@@ -103,6 +77,11 @@ class StageSection(_Section):
         rope_scaling: YaRN that the student is set to when the stage begins, and keeps from then on; by default it keeps
             what it has.
         cross_entropy: weight of the cross-entropy of the next token, added to the KL of a `kl` stage.
+        teacher_length: tokens of a document that the teacher of a `kl` stage reads; those beyond are learnt by
+            cross-entropy alone. By default what the teacher was made for.
+        optimizer: `adamw`, or `adamw_8bit` with moments in 8 bits (needs torchao).
+        mlp_chunk: tokens that pass an MLP at a time, which is then made again in the backward pass.
+        offload: what waits in the CPU's memory: `activations` between forward and backward pass, the `teacher`.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
@@ -119,6 +98,10 @@ class StageSection(_Section):
     gradient_checkpointing: bool = False
     rope_scaling: RopeScalingSection | None = None
     cross_entropy: Number = Field(default=0.0, ge=0)
+    teacher_length: Length | None = None
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    mlp_chunk: Positive | None = None
+    offload: list[Literal["activations", "teacher"]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _fits(self) -> "StageSection":
@@ -126,6 +109,8 @@ class StageSection(_Section):
             raise ValueError("a layerwise stage trains 'mixers'; 'all' needs objective kl")
         if self.objective == "layerwise" and self.cross_entropy:
             raise ValueError("a layerwise stage predicts no tokens; cross_entropy needs objective kl")
+        if self.objective == "layerwise" and self.teacher_length is not None:
+            raise ValueError("a layerwise stage has the base as its teacher; teacher_length needs objective kl")
         scaling = self.rope_scaling
         if scaling is not None and self.length > scaling.reach:
             raise ValueError(f"rope_scaling reaches {scaling.reach} tokens, less than a window of {self.length}")
@@ -146,11 +131,11 @@ class StageSection(_Section):
 
     @property
     def steps(self) -> int:
-        """On one device."""
+        """However many devices there are."""
         return -(-self.tokens // self.tokens_per_step)
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """Perplexity, KL and agreement on held-out text.
 
     Attributes:
@@ -166,7 +151,7 @@ class EvaluationSection(_Section):
     new_tokens: Positive = 48
 
 
-class CheckpointsSection(_Section):
+class CheckpointsSection(Section):
     """What a stage that was stopped goes on from.
 
     Attributes:
@@ -180,7 +165,7 @@ class CheckpointsSection(_Section):
     keep: Positive = 1
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything about a run.
 
     Attributes:
@@ -279,6 +264,8 @@ def _describe(error: Any) -> str:
 _TYPE_TAGS = ("str", "list[str]", "constrained-float", "dict[str,dict[str,any]]", "literal['paper']")
 _SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataSection,
+    "train": SourceSection,
+    "eval": SourceSection,
     "rope_scaling": RopeScalingSection,
     "calibration": CalibrationSection,
     "stages": StageSection,

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
+from hylo.distill.teacher import READ
 from hylo.modeling import HyLoForCausalLM
+from hylo.ops.linear_cross_entropy import IGNORED
 from hylo.upcycle.trace import LayerTrace, fed_with, recorded, trace_layers
 
 
@@ -22,8 +24,8 @@ def layerwise_loss(student: LayerTrace, teacher: LayerTrace, layers: list[int], 
     total = torch.zeros((), device=mask.device)
     for i in layers:
         for ours, theirs in ((student.outputs, teacher.outputs), (student.mixer_outputs, teacher.mixer_outputs)):
-            difference = (ours[i].float() - theirs[i].float())[mask]
-            total = total + torch.linalg.vector_norm(difference, dim=-1).sum() / count
+            norms = torch.linalg.vector_norm(ours[i].float() - theirs[i].float(), dim=-1)
+            total = total + norms.masked_fill(~mask, 0).sum() / count
     return total
 
 
@@ -64,8 +66,9 @@ class LayerwiseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        batch = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        mask = inputs["labels"] != -100
+        batch = {key: inputs[key] for key in READ}
+        # As many as the positions that predict them; the first of a document, which has seen nothing, does not count.
+        mask = inputs["labels"] != IGNORED
         # The teacher's weights and residual stream stay in float32: the loss is a small difference of large values.
         with self.accelerator.autocast():
             teacher = trace_layers(self.teacher, batch)
@@ -75,4 +78,6 @@ class LayerwiseTrainer(Trainer):
         with recorded(student) as trace:
             model(**batch, use_cache=False, logits_to_keep=1)
         count = mask.sum() if num_items_in_batch is None else num_items_in_batch
-        return layerwise_loss(trace, teacher, replaced_layers(student), mask, count)
+        # The count is that of all ranks, and gradients are averaged over them.
+        ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        return ranks * layerwise_loss(trace, teacher, replaced_layers(student), mask, count)

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,21 +11,27 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
+from hylo.data.batches import PackedWindows, collate
+from hylo.distill import parallel
 from hylo.distill.checkpoints import Checkpoint, Checkpoints
 from hylo.distill.context import set_context
 from hylo.distill.engine import StageCallback, StageTrainer
 from hylo.distill.flops import device_peak_flops, flops_per_token
 from hylo.distill.guards import Guard
+from hylo.distill.offload import activations_on_cpu, stream_from_cpu
 from hylo.distill.progress import Speed, StageMonitor, read_metrics
 from hylo.distill.recipe import CheckpointsSection, Recipe, StageSection
+from hylo.distill.shards import has_shards
 from hylo.distill.signals import StopRequest, deferred_signals
 from hylo.distill.stage1 import LayerwiseTrainer, freeze_all_but_mixers, replaced_layers
 from hylo.distill.stage2 import DistillationTrainer
+from hylo.distill.teacher import as_hybrid
 from hylo.errors import HyLoError
 from hylo.modeling import HyLoForCausalLM
 from hylo.progress import console
-from hylo.text import Windows
 
+# By transformers' names.
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit"}
 # Of a stage, evenly.
 _LOGGED_STEPS = 100
 
@@ -73,7 +79,7 @@ def train_stage(
     stage: StageSection,
     student: HyLoForCausalLM,
     teacher: PreTrainedModel,
-    data: Windows,
+    data: PackedWindows,
     output: Path,
     *,
     dtype: torch.dtype,
@@ -83,10 +89,12 @@ def train_stage(
 ) -> list[dict[str, Any]]:
     """Trains the student in place. Returns what was logged: step, tokens, loss, gradient norm, learning rate, speed.
 
+    Over several ranks student and teacher are sharded, and all of them have to call; the steps are those of one.
+
     Args:
         teacher: frozen; for a layerwise stage it has the student's layers.
         data: windows of `stage.length`; gone over again where the stage has more tokens.
-        output: a folder for `metrics.jsonl`.
+        output: a folder for `metrics.jsonl`, which the first rank writes.
         dtype: of matrix products.
         resume: the checkpoint to go on from; everything else is then as when the stage began.
 
@@ -103,14 +111,21 @@ def train_stage(
     if stage.rope_scaling is not None:
         set_context(student, stage.rope_scaling)
     arguments = _arguments(stage, output, dtype, seed, carrying)
-    if arguments.n_gpu > 1 or arguments.world_size > 1:
-        raise HyLoError(f"{stage.name}: training runs on one device; set CUDA_VISIBLE_DEVICES to one GPU")
-    teacher.requires_grad_(False).eval().to(arguments.device)
+    if arguments.n_gpu > 1:
+        raise HyLoError(
+            f"{stage.name}: {arguments.n_gpu} GPUs and one process; start as many by "
+            f"torchrun --nproc-per-node {arguments.n_gpu} -m hylo ..., or set CUDA_VISIBLE_DEVICES to one"
+        )
+    teacher = as_hybrid(teacher)
+    _place(stage, student, teacher, dtype, arguments.device)
     output.mkdir(parents=True, exist_ok=True)
     peak = device_peak_flops(arguments.device, dtype)
-    speed = Speed(stage.tokens_per_step * data.fill, flops_per_token(stage, student, teacher), peak)
+    flops = flops_per_token(stage, student, teacher, data.attended)
+    speed = Speed(stage.tokens_per_step * data.fill, flops, peak * parallel.world_size() if peak else None)
     guard = Guard(stage.name, carrying.on_anomaly, carrying.spike_factor)
     monitor = StageMonitor(stage, guard, speed, output / "metrics.jsonl", arguments.device)
+    if resume is not None and parallel.world_size() > 1 and not has_shards(resume.folder):
+        raise HyLoError(f"{stage.name}: the checkpoint {resume.folder} was written by one process; go on with one")
     if resume is not None:
         monitor.restore(resume.state)
         line = f"{stage.name}: going on from step {resume.step} of {stage.steps}"
@@ -121,7 +136,8 @@ def train_stage(
             "model": student,
             "args": arguments,
             "train_dataset": data,
-            "callbacks": [StageCallback(monitor, request, section), *reports],
+            "data_collator": collate,
+            "callbacks": [callback := StageCallback(monitor, request, section), *reports],
             "teacher": teacher,
             "monitor": monitor,
             "checkpoints": carrying.checkpoints,
@@ -130,18 +146,24 @@ def train_stage(
         if stage.objective == "layerwise":
             trainer = _Layerwise(**options)
         else:
-            trainer = _Distillation(cross_entropy=stage.cross_entropy, **options)
+            length = stage.teacher_length or teacher.config.max_position_embeddings
+            trainer = _Distillation(cross_entropy=stage.cross_entropy, teacher_length=length, **options)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        offloaded = activations_on_cpu() if "activations" in stage.offload else nullcontext()
         try:
             if resume is not None and resume.step >= stage.steps:
                 # Stopped between its last step and its end: there is no step to make.
                 trainer._load_from_checkpoint(str(resume.folder))
             else:
-                trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+                with offloaded:
+                    trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
         finally:
             monitor.close()
-    if request:
+    student.model.stream_dtype = None
+    for layer in student.model.decoder_layers:
+        layer.mlp.chunk_size = None
+    if callback.stopping:
         line = f"{stage.name}: stopped at step {trainer.state.global_step} of {stage.steps}; run again to go on"
         console.print(line, highlight=False, markup=False)
         request.obey()
@@ -150,14 +172,39 @@ def train_stage(
     return read_metrics(output / "metrics.jsonl")
 
 
+def _place(
+    stage: StageSection,
+    student: HyLoForCausalLM,
+    teacher: PreTrainedModel,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Puts both models where they train, and tells the student how to spare memory."""
+    teacher.requires_grad_(False).eval()
+    if parallel.world_size() > 1:
+        parallel.shard_teacher(teacher)
+        parallel.shard(student)
+    elif "teacher" in stage.offload and device.type == "cuda":
+        stream_from_cpu(teacher, device)
+    else:
+        teacher.to(device)
+    for layer in student.model.decoder_layers:
+        layer.mlp.chunk_size = stage.mlp_chunk
+    # Layerwise losses are small differences of large values.
+    if stage.objective == "kl" and dtype != torch.float32:
+        student.model.stream_dtype = dtype
+
+
 def _arguments(
     stage: StageSection, output: Path, dtype: torch.dtype, seed: int, carrying: Carrying
 ) -> TrainingArguments:
+    batch_size, accumulation = parallel.share_of_rank(stage)
     return TrainingArguments(
         output_dir=str(output),
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=stage.accumulation,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        optim=_OPTIMIZERS[stage.optimizer],
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(math.ceil(stage.warmup * stage.steps), stage.steps - 1),
@@ -168,6 +215,8 @@ def _arguments(
         use_cpu=not torch.cuda.is_available(),
         logging_steps=max(1, stage.steps // _LOGGED_STEPS),
         logging_nan_inf_filter=False,
+        # Windows come in the order that their own seed made.
+        train_sampling_strategy="sequential",
         # When a checkpoint is due is for StageCallback to say.
         save_strategy="no",
         # TensorBoard's own callback is given a folder that stays; see `_reports`.
@@ -193,7 +242,7 @@ def _signals(carrying: Carrying) -> Iterator[StopRequest]:
 @contextmanager
 def _reports(carrying: Carrying, resume: Checkpoint | None) -> Iterator[list[TrainerCallback]]:
     """TensorBoard's callback; steps after the checkpoint that is gone on from are taken off its record."""
-    if "tensorboard" not in carrying.report_to or carrying.logs is None:
+    if "tensorboard" not in carrying.report_to or carrying.logs is None or not parallel.is_main():
         yield []
         return
     from torch.utils.tensorboard import SummaryWriter

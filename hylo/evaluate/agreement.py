@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hylo.data.sources import read_documents
+from hylo.data.windows import make_windows
 from hylo.errors import HyLoError
 from hylo.precision import Precision, autocast, default_device, resolve_precision
 from hylo.progress import bar
-from hylo.text import make_windows, read_documents
 from hylo.upcycle.bases import check_same_vocabulary, load_model, load_tokenizer, opened_folder
 
 _CHUNK_TOKENS = 512

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hylo.data.windows import Windows
 from hylo.errors import HyLoError
 from hylo.modeling import HyLoDecoderLayer, HyLoForCausalLM, MixingContext
 from hylo.precision import autocast, default_device
 from hylo.progress import bar
-from hylo.text import Windows
 from hylo.upcycle.bases import load_model, save_checkpoint
 from hylo.upcycle.trace import enter_layers, layers_of, step_layer
 

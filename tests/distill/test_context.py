@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_windows
+from tiny import collated, documents_of, random_packed
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from hylo import HyLoForCausalLM
+from hylo.data.batches import collate
 from hylo.distill.context import set_context
 from hylo.distill.recipe import RopeScalingSection, StageSection, parse_recipe
 from hylo.distill.stage2 import DistillationTrainer
@@ -33,7 +34,7 @@ def frequencies(model: HyLoForCausalLM) -> dict[str, torch.Tensor]:
 
 def test_a_student_set_to_yarn_is_one_loaded_with_it(student: HyLoForCausalLM, tmp_path: Path) -> None:
     """And what is saved carries it: frequencies, the scale of cos and sin, and how far positions reach."""
-    batch = random_windows(2, 64).batches(2)[0]
+    batch = collated(2, 64)
     plain, before = student(batch["input_ids"]).logits, frequencies(student)
     set_context(student, RopeScalingSection(factor=4, original_max_position_embeddings=512))
     assert student.config.max_position_embeddings == 2048
@@ -93,21 +94,61 @@ def test_one_recipe_of_growing_windows(base_folder: Path, text_folder: Path, tmp
 
 
 def test_cross_entropy_is_added(student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path) -> None:
-    """Against whole logits; every token but the first of a window is predicted once, padding never."""
-    batch = random_windows(2, 16).batches(2)[0]
+    """Against whole logits; every token but the first of a document is predicted once, padding never."""
+    batch = collated(3, 16)
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     plain = DistillationTrainer(model=student, args=arguments, teacher=teacher).compute_loss(student, batch)
     trainer = DistillationTrainer(model=student, args=arguments, teacher=teacher, cross_entropy=0.3)
     loss = trainer.compute_loss(student, batch)
-    logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    entropy = whole_entropy(student, batch)
     torch.testing.assert_close(loss, plain + 0.3 * entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(trainer.loss_parts, {"kl": plain, "cross_entropy": entropy}, rtol=1e-5, atol=1e-5)
     # The mean over an accumulated batch does not depend on how it is cut.
-    count = (batch["labels"] != -100).sum()
-    parts = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(2)]
-    cut = sum(trainer.compute_loss(student, part, num_items_in_batch=count) for part in parts)
-    torch.testing.assert_close(cut, loss, rtol=1e-5, atol=1e-5)
+    windows = random_packed(3, 16)
+    count = sum((windows[i]["labels"] != -100).sum() for i in range(3))
+    whole, cut = (
+        sum(trainer.compute_loss(student, collate(part), num_items_in_batch=count) for part in parts)
+        for parts in ([[windows[0], windows[1], windows[2]]], [[windows[0]], [windows[1], windows[2]]])
+    )
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+
+
+def whole_entropy(student: HyLoForCausalLM, batch: dict[str, Any], beyond: int = 0) -> torch.Tensor:
+    """The mean over the batch's labels of the cross-entropy at positions from `beyond` on."""
+    total = torch.zeros(())
+    for document in documents_of(batch):
+        logits, labels = student(document["input_ids"]).logits[0, beyond:-1], document["labels"][0, beyond + 1 :]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return total / (batch["labels"] != -100).sum()
+
+
+@pytest.mark.parametrize("cross_entropy", [0.0, 0.3])
+def test_beyond_the_teacher_tokens_are_learnt_by_cross_entropy(
+    student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path, cross_entropy: float
+) -> None:
+    """The teacher is asked for the first 6 tokens of each document; it never sees the others."""
+    batch = collated(3, 16)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    lengths: list[int] = []
+    teacher.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    trainer = DistillationTrainer(
+        model=student, args=arguments, teacher=teacher, cross_entropy=cross_entropy, teacher_length=6
+    )
+    loss = trainer.compute_loss(student, batch)
+    assert max(lengths) == 6
+    kl = torch.zeros(())
+    for document in documents_of(batch):
+        counted = document["labels"][0, 1:7] != -100
+        student_log, teacher_log = (
+            model(document["input_ids"]).logits[0, :6][: len(counted)].log_softmax(-1) for model in (student, teacher)
+        )
+        kl = kl + (teacher_log.exp() * (teacher_log - student_log)).sum(-1)[counted].sum()
+    kl = kl / (batch["labels"] != -100).sum()
+    beyond = whole_entropy(student, batch, 6)
+    inside = whole_entropy(student, batch) - beyond
+    torch.testing.assert_close(loss, kl + beyond + cross_entropy * inside, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -115,7 +156,7 @@ def test_both_parts_are_logged(
     student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path, accumulation: int
 ) -> None:
     stage = StageSection(**STAGE | {"cross_entropy": 0.5, "accumulation": accumulation, "tokens": 16 * 8})
-    logs = train_stage(stage, student, teacher, random_windows(8, 16), tmp_path, dtype=torch.float32, seed=0)
+    logs = train_stage(stage, student, teacher, random_packed(8, 16), tmp_path, dtype=torch.float32, seed=0)
     for log in logs:
         assert log["loss"] == pytest.approx(log["kl"] + 0.5 * log["cross_entropy"], rel=1e-5)
         # Random weights: no better than chance over 300 words.

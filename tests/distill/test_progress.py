@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_windows
+from tiny import random_packed
 from transformers import LlamaForCausalLM
 
 from hylo import HyLoForCausalLM
@@ -23,7 +23,7 @@ STAGE = StageSection(name="stage2", objective="kl", length=16, tokens=16 * 2 * 3
 
 
 def test_a_line_of_metrics(student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path) -> None:
-    logs = train_stage(STAGE, student, teacher, random_windows(6, 16), tmp_path, dtype=torch.float32, seed=0)
+    logs = train_stage(STAGE, student, teacher, random_packed(6, 16), tmp_path, dtype=torch.float32, seed=0)
     assert [log["step"] for log in logs] == [1, 2, 3]
     for log in logs:
         # No MFU: nobody knows what this CPU could do.
@@ -86,7 +86,7 @@ def test_tensorboard(student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_pa
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     carrying = Carrying(report_to=["tensorboard"], logs=tmp_path / "tensorboard")
-    windows = random_windows(6, 16)
+    windows = random_packed(6, 16)
     train_stage(STAGE, student, teacher, windows, tmp_path / "a", dtype=torch.float32, seed=0, carrying=carrying)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_windows
+from tiny import collated, documents_of, random_packed
 from torch import Tensor
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from hylo import HyLoForCausalLM
 from hylo.distill.recipe import StageSection
 from hylo.distill.stage1 import LayerwiseTrainer, freeze_all_but_mixers, layerwise_loss
+from hylo.distill.teacher import READ, as_hybrid
 from hylo.distill.trainer import train_stage
 from hylo.errors import HyLoError
 from hylo.upcycle.bases import load_model
@@ -39,7 +40,7 @@ def run(
         StageSection(**STAGE | changes),
         student,
         teacher,
-        random_windows(6, 16),
+        random_packed(6, 16),
         folder,
         dtype=torch.float32,
         seed=0,
@@ -55,8 +56,8 @@ def test_exactly_the_replaced_mixers_move(student: HyLoForCausalLM, teacher: Lla
     assert moved == {name for name in names if any(f"layers.{i}.mixer." in name for i in (0, 1, 2))}
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
     assert [log["step"] for log in logs] == [1, 2, 3]
-    # Padding is no token: 3 of the 96 positions of the six windows.
-    assert [log["tokens"] for log in logs] == [31, 62, 93]
+    # Padding is no token: 8 of the 96 positions of the six windows.
+    assert [log["tokens"] for log in logs] == [29, 59, 88]
 
 
 def test_the_loss_goes_down(student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -90,43 +91,38 @@ def test_gradient_checkpointing_changes_nothing(mixed_folder: Path, teacher: Lla
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def batch_with_padding() -> dict[str, Tensor]:
-    return random_windows(2, 16).batches(2)[0]
-
-
 @torch.no_grad()
 def loss_by_hand(
-    student: HyLoForCausalLM, teacher: LlamaForCausalLM, batch: dict[str, Tensor], layers: list[int]
+    student: HyLoForCausalLM, teacher: LlamaForCausalLM, batch: dict[str, Any], layers: list[int]
 ) -> Tensor:
-    """Each student layer called alone on the teacher's hidden states, its parts put together here."""
-    mask = batch["labels"] != -100
-    ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-    hidden = teacher.model(ids, attention_mask=attention_mask, output_hidden_states=True).hidden_states
-    rotary = teacher.model.rotary_emb(hidden[0], torch.arange(ids.shape[1])[None])
-    context = student.model.mixing_context(hidden[0], attention_mask)
-    causal = context.masks["full_attention"]
-    total = torch.zeros(())
-    for i in layers:
-        theirs, ours = teacher.model.layers[i], student.model.layers[i]
-        normed = theirs.input_layernorm(hidden[i])
-        their_mixed, _ = theirs.self_attn(normed, position_embeddings=rotary, attention_mask=causal)
-        our_mixed = ours.mixer(normed, **context.arguments(ours.mixer), past_key_values=None)
-        results = []
-        for mixed in (their_mixed, our_mixed):
-            middle = hidden[i] + mixed
-            results.append(middle + theirs.mlp(theirs.post_attention_layernorm(middle)))
-        for difference in (results[1] - results[0], our_mixed - their_mixed):
-            total += difference.square().sum(-1).sqrt()[mask].mean()
-    return total
+    """Each student layer called alone on the teacher's hidden states, document by document, put together here."""
+    norms: list[Tensor] = []
+    for document in documents_of(batch):
+        mask = document["labels"] != -100
+        hidden = teacher.model(document["input_ids"], output_hidden_states=True).hidden_states
+        rotary = teacher.model.rotary_emb(hidden[0], torch.arange(mask.shape[1])[None])
+        context = student.model.mixing_context(hidden[0])
+        for i in layers:
+            theirs, ours = teacher.model.layers[i], student.model.layers[i]
+            normed = theirs.input_layernorm(hidden[i])
+            their_mixed, _ = theirs.self_attn(normed, position_embeddings=rotary, attention_mask=None)
+            our_mixed = ours.mixer(normed, **context.arguments(ours.mixer), past_key_values=None)
+            results = []
+            for mixed in (their_mixed, our_mixed):
+                middle = hidden[i] + mixed
+                results.append(middle + theirs.mlp(theirs.post_attention_layernorm(middle)))
+            differences = (results[1] - results[0], our_mixed - their_mixed)
+            norms.extend(difference.square().sum(-1).sqrt()[mask] for difference in differences)
+    return torch.cat(norms).sum() / (batch["labels"] != -100).sum()
 
 
 def make_trainer(student: HyLoForCausalLM, teacher: LlamaForCausalLM, folder: Path) -> LayerwiseTrainer:
     arguments = TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
-    return LayerwiseTrainer(model=student, args=arguments, teacher=teacher)
+    return LayerwiseTrainer(model=student, args=arguments, teacher=as_hybrid(teacher))
 
 
 def test_loss_is_that_of_each_layer_alone(student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path) -> None:
-    batch = batch_with_padding()
+    batch = collated(3, 16)
     trainer = make_trainer(student, teacher, tmp_path)
     loss = trainer.compute_loss(student, batch)
     torch.testing.assert_close(loss, loss_by_hand(student, teacher, batch, [0, 1, 2]), rtol=1e-5, atol=1e-5)
@@ -138,17 +134,18 @@ def test_loss_is_that_of_each_layer_alone(student: HyLoForCausalLM, teacher: Lla
 
 def test_zero_where_the_layers_are_the_teachers(to_layout: Callable[..., Any], teacher: LlamaForCausalLM) -> None:
     student = load_model(to_layout("4ATT")[1])
-    batch = batch_with_padding()
+    batch = collated(3, 16)
     mask = batch["labels"] != -100
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    loss = layerwise_loss(trace_layers(student, inputs), trace_layers(teacher, inputs), [0, 1, 2, 3], mask, mask.sum())
+    inputs = {key: batch[key] for key in READ}
+    traces = [trace_layers(model, inputs) for model in (student, as_hybrid(teacher))]
+    loss = layerwise_loss(*traces, [0, 1, 2, 3], mask, mask.sum())
     assert loss.item() < 1e-5
 
 
 def test_gradients_of_a_layer_do_not_depend_on_other_layers(
     student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    batch = batch_with_padding()
+    batch = collated(3, 16)
     trainer = make_trainer(student, teacher, tmp_path)
 
     def gradients() -> list[Tensor]:

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import convert_base, random_windows, write_base
+from tiny import collated, convert_base, documents_of, random_packed, write_base
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from hylo import HyLoForCausalLM
 from hylo.distill.recipe import StageSection
 from hylo.distill.stage2 import DistillationTrainer
+from hylo.distill.teacher import as_hybrid
 from hylo.distill.trainer import train_stage
 from hylo.upcycle.bases import load_model
 
@@ -30,7 +31,7 @@ def run(
 ) -> tuple[set[str], list[dict[str, float]]]:
     before = {name: value.clone() for name, value in student.named_parameters()}
     torch.manual_seed(0)
-    windows = random_windows(6, 16)
+    windows = random_packed(6, 16)
     stage = StageSection(**STAGE | changes)
     logs = train_stage(stage, student, teacher, windows, folder, dtype=torch.float32, seed=0)
     return {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}, logs
@@ -58,22 +59,27 @@ def test_tied_head_stays_tied(tmp_path: Path) -> None:
     assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("as_student", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_and_gradients_are_those_of_whole_logits(
-    student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path, checkpointing: bool
+    student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path, checkpointing: bool, as_student: bool
 ) -> None:
-    batch = random_windows(2, 16).batches(2)[0]
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    mask = batch["labels"] != -100
-    q = student(**inputs).logits.log_softmax(-1)[mask]
-    with torch.no_grad():
-        p = teacher(**inputs).logits.log_softmax(-1)[mask]
-    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") / mask.sum()
+    """Whether the teacher is read as a hybrid, packed as the student is, or is a model that knows no packing."""
+    batch = collated(3, 16)
+    total = torch.zeros(())
+    for document in documents_of(batch):
+        # The positions that predict what counts.
+        mask = document["labels"][:, 1:] != -100
+        q = student(document["input_ids"]).logits[:, :-1].log_softmax(-1)[mask]
+        with torch.no_grad():
+            p = teacher(document["input_ids"]).logits[:, :-1].log_softmax(-1)[mask]
+        total = total + torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+    expected = total / (batch["labels"] != -100).sum()
     parameters = dict(student.named_parameters())
     gradients = torch.autograd.grad(expected, list(parameters.values()))
 
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
-    trainer = DistillationTrainer(model=student, args=arguments, teacher=teacher)
+    trainer = DistillationTrainer(model=student, args=arguments, teacher=as_hybrid(teacher) if as_student else teacher)
     student.train()
     if checkpointing:
         student.gradient_checkpointing_enable()
@@ -93,7 +99,7 @@ def test_bfloat16_products_train_float32_weights(student: HyLoForCausalLM, base_
     """As on hardware with bfloat16: the teacher is kept in what it computes in."""
     stage = StageSection(**STAGE)
     teacher = load_model(base_folder, torch.bfloat16)
-    windows = random_windows(6, 16)
+    windows = random_packed(6, 16)
     logs = train_stage(stage, student, teacher, windows, tmp_path, dtype=torch.bfloat16, seed=0)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     assert all(0 < log["loss"] < 100 for log in logs)

@@ -1,0 +1,49 @@
+"""Checkpoints of models and optimizers in shards, by torch.distributed.checkpoint: every rank writes and reads its own.
+
+They may be read by another number of ranks than wrote them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+_MODEL, _OPTIMIZER = "model-shards", "optimizer-shards"
+
+
+def _plain(optimizer: Any) -> Any:
+    """Without accelerate's wrapping."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def has_shards(folder: Path) -> bool:
+    """Whether a checkpoint was written by several ranks."""
+    return (folder / _MODEL).is_dir()
+
+
+def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """Every rank has to call."""
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=str(folder / _MODEL))
+    state = get_optimizer_state_dict(model, _plain(optimizer))
+    dcp.save({"optimizer": state}, checkpoint_id=str(folder / _OPTIMIZER))
+
+
+def load_model_shards(folder: Path, model: nn.Module) -> None:
+    """In place. Every rank has to call."""
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=str(folder / _MODEL))
+    set_model_state_dict(model, state["model"])
+
+
+def load_optimizer_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """In place. Every rank has to call."""
+    state = {"optimizer": get_optimizer_state_dict(model, _plain(optimizer))}
+    dcp.load(state, checkpoint_id=str(folder / _OPTIMIZER))
+    set_optimizer_state_dict(model, _plain(optimizer), state["optimizer"])

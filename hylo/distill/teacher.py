@@ -1,0 +1,78 @@
+"""The teacher: any causal language model, frozen, asked for its final hidden states on packed documents."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from hylo.mixers.attention import Attention
+from hylo.modeling import HyLoForCausalLM
+from hylo.ops.packing import offsets_of
+from hylo.upcycle.families import FAMILIES, hybrid_config
+
+# What a model reads of a batch.
+READ = ("input_ids", "position_ids", "cu_seqlens")
+
+
+def as_hybrid(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of a supported family as a hybrid that kept all its attention, on the same weights.
+
+    It reads packed documents without a mask over all of them, as the student does. Others are returned as they are.
+    """
+    config = model.config
+    if config.model_type not in FAMILIES or getattr(config, "quantization_config", None):
+        return model
+    own = hybrid_config(config, ["attention"] * config.num_hidden_layers, {}, config.name_or_path)
+    own._attn_implementation = config._attn_implementation
+    with torch.device("meta"):
+        hybrid = HyLoForCausalLM(own)
+    state = {name.replace(".self_attn.", ".mixer."): value for name, value in model.state_dict().items()}
+    hybrid.load_state_dict(state, assign=True)
+    hybrid.tie_weights()
+    # Frequencies are not part of a checkpoint.
+    hybrid.model.rotary_embeddings["attention"] = Attention.rotary_embedding(own).to(model.device)
+    return hybrid.eval()
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """After the final norm, `[1, T, D]`.
+
+    Args:
+        batch: `input_ids` and `position_ids` `[1, T]`, and `cu_seqlens`: documents end to end.
+    """
+    if isinstance(model, HyLoForCausalLM):
+        return model.model(**{key: batch[key] for key in READ}, use_cache=False).last_hidden_state
+    # One document a row, in rows of similar length; padding comes last, where nothing sees it.
+    offsets = offsets_of(batch["cu_seqlens"])
+    spans = sorted((span for span in pairwise(offsets) if span[1] > span[0]), key=lambda span: span[0] - span[1])
+    ids = batch["input_ids"][0]
+    pieces: dict[int, Tensor] = {}
+    while spans:
+        longest = spans[0][1] - spans[0][0]
+        count = max(1, len(ids) // longest)
+        rows, spans = spans[:count], spans[count:]
+        padded = torch.stack([functional.pad(ids[a:b], (0, longest - (b - a))) for a, b in rows])
+        mask = torch.stack([functional.pad(torch.ones_like(ids[a:b]), (0, longest - (b - a))) for a, b in rows])
+        hidden = model.get_decoder()(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
+        pieces |= {a: row[: b - a] for (a, b), row in zip(rows, hidden, strict=True)}
+    return torch.cat([pieces[begin] for begin in sorted(pieces)])[None]
+
+
+def beginnings(batch: dict[str, Any], length: int) -> tuple[dict[str, Any], Tensor | None]:
+    """The first `length` tokens of each document, packed as before, and where they stood.
+
+    Returns:
+        the batch, and a mask `[1, T]` of the tokens in it; None where that is all of them.
+    """
+    offsets = offsets_of(batch["cu_seqlens"])
+    lengths = [end - begin for begin, end in pairwise(offsets)]
+    if max(lengths, default=0) <= length:
+        return batch, None
+    inside = batch["position_ids"] < length
+    cut = torch.tensor([0, *(min(size, length) for size in lengths)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    kept = {key: batch[key][inside][None] for key in ("input_ids", "position_ids")}
+    return kept | {"cu_seqlens": cut.to(inside.device)}, inside

@@ -1,0 +1,86 @@
+"""Documents to ids: what starts and ends a text, and what the tokenizer is told by."""
+
+from typing import Any
+
+import pytest
+from tiny import make_tokenizer, sentences
+from tokenizers.processors import TemplateProcessing
+
+from hylo.data.documents import Document
+from hylo.data.encode import Encoder
+from hylo.errors import HyLoError
+
+TEXT = Document("a", sentences(1))
+CHAT = Document("b", "", [{"role": "user", "content": "bado"}, {"role": "assistant", "content": "gelu"}])
+
+
+def with_first(tokenizer: Any) -> Any:
+    """Puts its first special token before every text, as Llama 3's does."""
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def test_texts_are_what_the_tokenizer_gives(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer)
+    assert encoder.start(TEXT) == []
+    expected = tokenizer(TEXT.text)["input_ids"]
+    encoded = encoder.encode([TEXT, Document("empty", "")], [])
+    assert encoded[0].ids == expected
+    assert (encoded[0].counted, encoded[1]) == (None, None)
+    ended = Encoder(tokenizer, end_of_text=True).encode([TEXT], [])
+    assert ended[0].ids == [*expected, tokenizer.eos_token_id]
+
+
+def test_what_starts_a_text_is_no_token_of_it(tokenizer: Any) -> None:
+    bare = Encoder(tokenizer).encode([TEXT], [])[0].ids
+    encoder = Encoder(with_first(tokenizer))
+    assert encoder.start(TEXT) == [0]
+    assert encoder.encode([TEXT], [0])[0].ids == bare
+
+
+@pytest.mark.parametrize("loss", ["all", "assistant"])
+@pytest.mark.parametrize("first", ["<s>", ""])
+def test_what_starts_a_chat_is_written_once(tokenizer: Any, loss: Any, first: str) -> None:
+    """A chat template writes what starts a text itself, or does not."""
+    with_first(tokenizer).chat_template = (
+        f"{first}{{% for m in messages %}}{{% if m.role == 'assistant' %}}{{% generation %}}{{{{ m.content }}}}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    encoder = Encoder(tokenizer, loss)
+    start = encoder.start(CHAT)
+    assert start == ([0] if first else [])
+    [encoded] = encoder.encode([CHAT], start)
+    assert encoded.ids == tokenizer("badogelu", add_special_tokens=False)["input_ids"]
+    if loss == "assistant":
+        said = tokenizer.decode([i for i, counts in zip(encoded.ids, encoded.counted, strict=True) if counts])
+        assert said == "gelu"
+
+
+def test_a_chat_without_an_answer_is_of_no_use(smollm2_tokenizer: Any) -> None:
+    question = Document("a", "", [{"role": "user", "content": "Hi"}])
+    assert Encoder(smollm2_tokenizer, "assistant").encode([question], []) == [None]
+    assert Encoder(smollm2_tokenizer).encode([question], []) != [None]
+
+
+def test_no_end_of_text_to_put() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(HyLoError, match="no end-of-sequence token"):
+        Encoder(tokenizer, end_of_text=True)
+
+
+def test_the_digest_is_over_all_that_makes_ids(smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Encoder(smollm2_tokenizer).digest()
+    # Truncation is a state of the tokenizer that calls leave behind.
+    smollm2_tokenizer("some text", truncation=True, max_length=2)
+    assert Encoder(smollm2_tokenizer).digest() == before
+    digests = {
+        before,
+        Encoder(smollm2_tokenizer, "assistant").digest(),
+        Encoder(smollm2_tokenizer, end_of_text=True).digest(),
+        Encoder(make_tokenizer()).digest(),
+        Encoder(with_first(make_tokenizer())).digest(),
+    }
+    monkeypatch.setattr(smollm2_tokenizer, "chat_template", "{{ messages }}")
+    digests.add(Encoder(smollm2_tokenizer).digest())
+    assert len(digests) == 6
