@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import sys
@@ -61,7 +62,9 @@ def _command() -> str:
     if "--output" in arguments:
         place = arguments.index("--output")
         del arguments[place : place + 2]
-    return shlex.join(["python", f"benchmarks/{Path(script).name}", *arguments])
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    start = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
+    return shlex.join([*start, f"benchmarks/{Path(script).name}", *arguments])
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
