@@ -74,15 +74,22 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        mixed = self.mixer(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
-        )
+        normed = self.input_layernorm(hidden_states, _products_dtype(hidden_states))
+        mixed = self.mixer(normed, position_embeddings, attention_mask, past_key_values, **kwargs)
         return self.after_mixing(hidden_states, mixed)
 
     def after_mixing(self, hidden_states: Tensor, mixed: Tensor) -> Tensor:
         """The rest of the layer, given its input and what its mixer made of it, `[B, T, D]` each."""
-        normed, hidden_states = self.post_attention_layernorm.of_sum(mixed, hidden_states)
+        normed, hidden_states = self.post_attention_layernorm.of_sum(
+            mixed, hidden_states, _products_dtype(hidden_states)
+        )
         return hidden_states + self.mlp(normed)
+
+
+def _products_dtype(hidden_states: Tensor) -> torch.dtype | None:
+    """What matrix products read under autocast: norms feed nothing else, and a layer has many that read the same."""
+    kind = hidden_states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class HyLoPreTrainedModel(PreTrainedModel):

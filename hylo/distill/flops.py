@@ -68,8 +68,7 @@ def flops_per_token(
         if reached:
             total += matrices + 2.0 * trained + 2.0 * attention
     total += sum(
-        2.0 * _size(layer) + attention_flops(teacher.config, i, length)
-        for i, layer in enumerate(layers_of(teacher))
+        2.0 * _size(layer) + attention_flops(teacher.config, i, length) for i, layer in enumerate(layers_of(teacher))
     )
     if not layerwise:
         head = student.get_output_embeddings()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from hylo.distill.teacher import READ
 from hylo.modeling import HyLoForCausalLM
 from hylo.ops.linear_cross_entropy import IGNORED
+from hylo.ops.row_distance import row_distances
 from hylo.upcycle.trace import LayerTrace, fed_with, recorded, trace_layers
 
 
@@ -24,8 +25,7 @@ def layerwise_loss(student: LayerTrace, teacher: LayerTrace, layers: list[int], 
     total = torch.zeros((), device=mask.device)
     for i in layers:
         for ours, theirs in ((student.outputs, teacher.outputs), (student.mixer_outputs, teacher.mixer_outputs)):
-            norms = torch.linalg.vector_norm(ours[i].float() - theirs[i].float(), dim=-1)
-            total = total + norms.masked_fill(~mask, 0).sum() / count
+            total = total + row_distances(ours[i], theirs[i]).masked_fill(~mask, 0).sum() / count
     return total
 
 

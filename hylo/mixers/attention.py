@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hylo.mixers.base import TokenMixer
 from hylo.mixers.norm import RMSNorm
 from hylo.mixers.rotary import RotaryEmbedding
 from hylo.mixers.softmax import attend, attend_in_blocks
+from hylo.ops.rotary import rotate
 
 if TYPE_CHECKING:
     from hylo.config import HyLoConfig
@@ -60,8 +60,8 @@ class Attention(TokenMixer):
         q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         length, total = q.shape[2], k.shape[2]

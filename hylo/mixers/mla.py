@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.models.llama.modeling_llama import rotate_half
 
 from hylo.errors import HyLoError
 from hylo.mixers.base import Geometry, TokenMixer, is_whole
@@ -14,6 +13,7 @@ from hylo.mixers.norm import RMSNorm
 from hylo.mixers.rotary import RotaryEmbedding
 from hylo.mixers.softmax import attend, attend_in_blocks
 from hylo.ops.attention import shared_head_attention
+from hylo.ops.rotary import rotate
 
 if TYPE_CHECKING:
     from hylo.config import HyLoConfig
@@ -161,8 +161,7 @@ class MultiHeadLatentAttention(TokenMixer):
         query = query.unflatten(-1, (self.num_heads, -1))
         if self.config.qk_norm:
             query = self.q_norm(query)
-        nope, rope = query.transpose(1, 2).split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], dim=-1)
-        return torch.cat([nope, _rotate(rope, position_embeddings)], dim=-1)
+        return rotate(query, *position_embeddings).transpose(1, 2)
 
     def _to_cache(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """What is kept of each token: its latent, its rotated rotary key, and with `key_norm` its scales.
@@ -171,17 +170,18 @@ class MultiHeadLatentAttention(TokenMixer):
         16 bits of it. A scale multiplies a whole score, where rounding does not average out.
         """
         sizes = self.geometry
-        latent, rope = self.kv_a_proj_with_mqa(hidden_states).split(
-            [sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1
-        )
+        joined = self.kv_a_proj_with_mqa(hidden_states)
         if not sizes.key_norm:
-            return torch.cat([latent, _rotate(rope[:, None], position_embeddings)[:, 0]], dim=-1)
+            # One head, of which the last values are turned.
+            return rotate(joined[:, :, None], *position_embeddings)[:, :, 0]
+        latent, rope = joined.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], dim=-1)
         nope = self.kv_b_proj(latent).unflatten(-1, (self.num_key_value_heads, -1))[..., : sizes.qk_nope_head_dim]
         wide = torch.promote_types(latent.dtype, torch.float32)
         squares = nope.to(wide).square().sum(-1) + rope.to(wide).square().sum(-1, keepdim=True)
         scale = torch.rsqrt(squares / sizes.qk_head_dim + self.k_norm.variance_epsilon)
         coarse = scale.to(latent.dtype)
-        weighted = _rotate((rope * self.k_norm.weight[sizes.qk_nope_head_dim :])[:, None], position_embeddings)[:, 0]
+        weighted = (rope * self.k_norm.weight[sizes.qk_nope_head_dim :]).to(latent.dtype)
+        weighted = rotate(weighted[:, :, None], *position_embeddings)[:, :, 0]
         return torch.cat([latent, weighted.to(latent.dtype), coarse, (scale - coarse).to(latent.dtype)], dim=-1)
 
     def _scales(self, cached: Tensor) -> Tensor:
@@ -269,9 +269,3 @@ class MultiHeadLatentAttention(TokenMixer):
         assert isinstance(geometry, MLAGeometry)
         scales = 2 * config.num_key_value_heads if geometry.key_norm else 0
         return geometry.kv_lora_rank + geometry.qk_rope_head_dim + scales
-
-
-def _rotate(x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates `[B, heads, T, rope]`; pair i is the values i and i + rope / 2."""
-    cos, sin = (part[:, None] for part in position_embeddings)
-    return (x * cos + rotate_half(x) * sin).to(x.dtype)

@@ -52,13 +52,18 @@ def packed_attention(
     return each_document(attend, cu_seqlens, q, k, v, dim=2)
 
 
+def _widened(x: Tensor, size: int) -> Tensor:
+    """With zeros up to `size` in the last dim. Nothing to add is no reason for a copy, which torch would make."""
+    return x if x.shape[-1] == size else functional.pad(x, (0, size - x.shape[-1]))
+
+
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     """`[1, T, H, V]`."""
     from torch.nn.attention.varlen import varlen_attn
 
     # The kernel wants one head size; zeros change neither scores nor the outputs kept.
     size, v_size = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-    q, k, v = (functional.pad(x[0].transpose(0, 1), (0, size - x.shape[-1])) for x in (q, k, v))
+    q, k, v = (_widened(x[0].transpose(0, 1), size) for x in (q, k, v))
     longest = max(end - begin for begin, end in spans(cu_seqlens))
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
@@ -111,7 +116,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal:
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and chosen_kernels() != "reference":
         # The flash kernel wants one head size; zeros change neither scores nor the outputs kept.
         size, v_size = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-        q, k, v = (functional.pad(x, (0, size - x.shape[-1])) for x in (q, k, v))
+        q, k, v = (_widened(x, size) for x in (q, k, v))
         if torch.cuda.get_device_capability(q.device)[0] == 9 and size <= 128 and size % 8 == 0:
             # The faster kernel on Hopper.
             out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(

@@ -79,27 +79,27 @@ def use_fla(tensor: Tensor, *, gated_backward: bool = False) -> bool:
     return False
 
 
-# Rows from which a kernel of fla's is worth its launch, which costs more than one of torch's own.
+# Rows from which a kernel is worth its launch, which costs more than one of torch's own.
 _FUSED_ROWS = 256
 
 
-def fuses(tensor: Tensor) -> bool:
-    """Whether fla computes a chain of elementwise operations on `[..., D]`, of any dtype.
+def fuses(tensor: Tensor, package: Literal["fla", "triton"] = "fla") -> bool:
+    """Whether one kernel computes a chain of elementwise operations on `[..., D]`, of any dtype but float64.
 
-    A matter of speed alone: where fla is missing nothing is said, and torch does it in a few kernels more.
+    A matter of speed alone: where the package is missing nothing is said, and torch does it in a few kernels more.
     """
     return (
         tensor.is_cuda
         and tensor.numel() >= _FUSED_ROWS * tensor.shape[-1]
         and tensor.dtype != torch.float64
         and chosen_kernels() != "reference"
-        and _has_fla()
+        and _installed(package)
     )
 
 
 @functools.cache
-def _has_fla() -> bool:
-    return importlib.util.find_spec("fla") is not None
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def will_differentiate(*tensors: Tensor | None) -> bool:

@@ -40,6 +40,24 @@ def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in pairwise(offsets_of(cu_seqlens)) if end > begin]
 
 
+_last_starts: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+
+def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Where the document of each of `length` tokens begins, `[T]` int32. Made once for all layers of a model."""
+    global _last_starts
+    if (
+        _last_starts is None
+        or _last_starts[0]() is not cu_seqlens
+        or _last_starts[1] != cu_seqlens._version
+        or len(_last_starts[2]) != length
+    ):
+        begins = cu_seqlens[:-1].to(torch.int32)
+        starts = torch.repeat_interleave(begins, cu_seqlens.diff(), output_size=length)
+        _last_starts = weakref.ref(cu_seqlens), cu_seqlens._version, starts
+    return _last_starts[2]
+
+
 def each_document(compute: Callable[..., Tensor], cu_seqlens: Tensor, *tensors: Tensor, dim: int = 1) -> Tensor:
     """`compute` on each document's slices of `tensors` along `dim`, its results joined along dim 1.
 

@@ -1,4 +1,4 @@
-"""RMS norms, alone or of a sum that is kept: fla's kernels, or plain torch."""
+"""RMS norms, alone or of a sum that is kept: a kernel on a GPU, plain torch as its reference and elsewhere."""
 
 import torch
 from torch import Tensor
@@ -6,32 +6,36 @@ from torch import Tensor
 from hylo.ops.kernels import fuses
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x over the root of its mean square in the last dim, in the dtype of x; computed in float32 or wider.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """weight * x over the root of its mean square in the last dim; computed in float32 or wider.
 
     Args:
         x: `[..., D]`.
         weight: `[D]`.
+        dtype: of the result; that of x by default.
     """
-    if fuses(x):
-        from fla.modules.norm.layernorm import rms_norm as fused
+    if fuses(x, "triton"):
+        from hylo.ops import rms_norm_triton
 
-        return fused(x, weight, None, eps=eps)
+        return rms_norm_triton.rms_norm(x, weight, eps, dtype)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    unit = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (weight * unit).to(dtype or x.dtype)
 
 
-def add_then_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_then_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """`rms_norm` of residual + x, and that sum, in the dtype of the residual.
 
     Args:
         x, residual: `[..., D]`.
         weight: `[D]`.
+        dtype: of the norm; that of the residual by default.
     """
-    if fuses(residual) and x.dtype == residual.dtype:
-        from fla.modules.norm.layernorm import rms_norm as fused
+    if fuses(residual, "triton"):
+        from hylo.ops import rms_norm_triton
 
-        normed, total = fused(x, weight, None, residual=residual, eps=eps, prenorm=True)
-        return normed, total
+        return rms_norm_triton.add_then_norm(x, residual, weight, eps, dtype)
     total = residual + x
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, dtype), total

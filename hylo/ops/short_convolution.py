@@ -1,11 +1,11 @@
-"""Causal depthwise convolution over time, then SiLU: fla's kernel, or plain torch."""
+"""Causal depthwise convolution over time, then SiLU: one kernel, fla's where inputs are cached, or plain torch."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hylo.ops.kernels import use_fla
-from hylo.ops.packing import each_document
+from hylo.ops.kernels import fuses, use_fla
+from hylo.ops.packing import document_starts, each_document
 
 
 def short_convolution(
@@ -30,6 +30,11 @@ def short_convolution(
     """
     if past is not None and cu_seqlens is not None:
         raise ValueError("expected past inputs or packed documents, not both")
+    if past is None and fuses(x, "triton"):
+        from hylo.ops import short_convolution_triton
+
+        starts = None if cu_seqlens is None else document_starts(cu_seqlens, x.shape[1])
+        return short_convolution_triton.short_convolution(x, weight, bias, starts)
     if use_fla(x):
         from fla.modules.causal_conv1d import causal_conv1d
 

@@ -23,7 +23,9 @@ from hylo.ops.gated_linear_attention import gated_linear_attention
 from hylo.ops.gated_norm import gate_then_norm, norm_then_gate
 from hylo.ops.kernels import kernels
 from hylo.ops.kimi_delta_rule import kimi_delta_attention
-from hylo.ops.rms_norm import add_then_norm
+from hylo.ops.rms_norm import add_then_norm, rms_norm
+from hylo.ops.rotary import rotate
+from hylo.ops.row_distance import row_distances
 from hylo.ops.short_convolution import short_convolution
 from hylo.ops.swiglu import swiglu
 
@@ -186,7 +188,37 @@ def test_gate_then_norm() -> None:
 def test_add_then_norm() -> None:
     inputs = {"x": rounded(2, 150, 576), "residual": rounded(2, 150, 576), "weight": rounded(576)}
     compare(lambda **x: add_then_norm(**x, eps=1e-5), inputs, float32=("weight",))
-    compare(lambda **x: add_then_norm(**x, eps=1e-5)[1], inputs | {"weight": torch.ones(576)}, float32=("weight",))
+    # Gradients through both results.
+    compare(lambda **x: sum(add_then_norm(**x, eps=1e-5)), inputs, float32=("weight",))
+
+
+@pytest.mark.parametrize("columns", [64, 576, 2048, 4096])
+def test_rms_norm(columns: int) -> None:
+    inputs = {"x": rounded(2, 150, columns), "weight": rounded(columns)}
+    compare(lambda **x: rms_norm(**x, eps=1e-5), inputs, float32=("weight",))
+
+
+@pytest.mark.parametrize(("size", "turned"), [(64, 64), (128, 128), (96, 32), (160, 32), (10, 4)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotate(size: int, turned: int, rows: int) -> None:
+    angles = torch.randn(rows, 150, turned // 2, dtype=torch.float64)
+    cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))
+    # Heads that lie apart, as parts of a wider projection do.
+    compare(lambda x: rotate(x[:, :, ::2], cos.to(x), sin.to(x)), {"x": rounded(2, 150, 8, size)})
+
+
+@pytest.mark.parametrize("columns", [64, 576, 2048])
+def test_row_distances(columns: int) -> None:
+    x, y = rounded(2, 2, 150, columns)
+    fast = x.to("cuda", torch.bfloat16).requires_grad_()
+    slow = x.clone().requires_grad_()
+    upstream = rounded(2, 150)
+    distances = row_distances(fast, y.float().cuda())
+    distances.backward(upstream.float().cuda())
+    expected = row_distances(slow, y)
+    expected.backward(upstream)
+    assert error(distances, expected.detach()) < 1e-5
+    assert error(fast.grad, slow.grad) < FORWARD
 
 
 def test_swiglu() -> None:

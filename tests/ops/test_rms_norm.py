@@ -40,3 +40,12 @@ def test_a_bfloat16_sum_joins_a_float32_stream() -> None:
     normed, total = add_then_norm(torch.randn(3, 8).bfloat16(), torch.randn(3, 8), torch.ones(8), EPS)
     assert normed.dtype == total.dtype == torch.float32
     assert torch.equal(normed, rms_norm(total, torch.ones(8), EPS))
+
+
+def test_the_norm_may_be_narrower_than_the_stream() -> None:
+    """As matrix products under autocast read it."""
+    x, residual = torch.randn(3, 8).bfloat16(), torch.randn(3, 8)
+    normed, total = add_then_norm(x, residual, torch.ones(8), EPS, torch.bfloat16)
+    wide, _ = add_then_norm(x, residual, torch.ones(8), EPS)
+    assert total.dtype == torch.float32
+    assert torch.equal(normed, wide.bfloat16())
