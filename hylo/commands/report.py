@@ -1,0 +1,47 @@
+"""`hylo report`: runs and results as one page, and the model card of a checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hylo.commands.common import out
+from hylo.errors import HyLoError
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `report` to a command line."""
+    app.command()(report)
+
+
+def report(
+    places: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, results.json files of `hylo eval`, or folders of these.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Of the page. [default: base and layout]")] = None,
+    card: Annotated[
+        Path | None, typer.Option("--card", help="Also write the model card, README.md, into this checkpoint.")
+    ] = None,
+) -> None:
+    """Put runs and results on one HTML page that needs no network: layers, memory, losses, scores, RULER.
+
+    Example: hylo report runs/mine eval/results.json --output mine.html --card runs/mine/model
+    """
+    from hylo.evaluate.card import write_model_card
+    from hylo.evaluate.page import read_sources, report_page
+
+    if output.is_dir():
+        raise HyLoError(f"{output} is a folder; expected a file such as {output / 'report.html'}")
+    page = report_page(places, title)
+    written = write_model_card(card, read_sources(places)) if card is not None else None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise HyLoError(f"cannot write {output}: {error.strerror}") from None
+    out.print(
+        f"page       {output} ({len(page.encode()) / 1024:,.0f} KiB)", highlight=False, markup=False, soft_wrap=True
+    )
+    if written is not None:
+        out.print(f"card       {written}", highlight=False, markup=False, soft_wrap=True)

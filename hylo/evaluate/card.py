@@ -1,0 +1,199 @@
+"""The model card: README.md with the hub's metadata, made from a checkpoint, its run and its scores."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hylo.config import HyLoConfig
+from hylo.errors import HyLoError
+from hylo.evaluate.page.sources import Run, Sources
+from hylo.evaluate.report import row_labels
+from hylo.evaluate.show import score_rows
+from hylo.evaluate.suites import read_config
+from hylo.upcycle.bases import weights_digest
+from hylo.upcycle.layout import format_layout
+from hylo.version import __version__
+
+_CARD_FILE = "README.md"
+# Samples a task and length below which a score of RULER is a first look.
+_RULER_SAMPLES = 50
+# So that a card that a person wrote is never written over.
+_MARK = "<!-- made by hylo report -->"
+
+
+def write_model_card(folder: Path, sources: Sources) -> Path:
+    """Writes README.md into a hybrid's checkpoint. Returns its path.
+
+    Raises HyLoError where the folder holds no hybrid, or a card that was not made here.
+    """
+    if not (folder / "config.json").is_file():
+        raise HyLoError(f"{folder} holds no config.json; expected a hybrid's checkpoint")
+    config = read_config(folder)
+    if not isinstance(config, HyLoConfig):
+        raise HyLoError(f"{folder} is no hybrid; expected a checkpoint that hylo made")
+    path = folder / _CARD_FILE
+    if path.is_file() and _MARK not in path.read_text(encoding="utf-8"):
+        raise HyLoError(f"{path} was not made by hylo report; move it away to have one made")
+    path.write_text(model_card(config, sources, folder), encoding="utf-8")
+    return path
+
+
+def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
+    """The card as markdown, with the hub's metadata in front."""
+    layout = format_layout(config.token_mixers or [])
+    base = config.base_model or "an unknown base"
+    run = next((run for run in sources.runs if run.report and run.report["token_mixers"] == config.token_mixers), None)
+    weights = weights_digest(folder)
+    result = _of(weights, sources)
+    whole = _of(weights, Sources(evaluations=[one for one in sources.evaluations if _is_whole(one)]))
+    name = f"{base.removeprefix('package:').rstrip('/').split('/')[-1]}-{layout.replace(' ', '-')}"
+    metadata: dict[str, Any] = {
+        "license": base_license(base) or "other",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["hylo", "hybrid", "linear-attention", "mla", "distillation"],
+    }
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        metadata |= {"base_model": base, "base_model_relation": "finetune"}
+    if whole is not None:
+        metadata["model-index"] = [{"name": name, "results": _hub_results(whole)}]
+    share = config.cache_elements_per_token / config.base_cache_elements_per_token
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n{_MARK}\n",
+        f"# {name}\n",
+        f"A hybrid of {base}: layout `{layout}`, made with hylo {__version__} by distillation from the original. "
+        f"Its cache is **{share:.1%}** of the base's: {config.cache_bytes(1):,} bytes a token in 16 bits, and "
+        f"{config.state_bytes():,} bytes of state a sequence.\n",
+        _license_line(base),
+        _layers_table(config),
+    ]
+    if run is not None:
+        parts += [_training(run), _steps(run)]
+    if result is not None:
+        parts.append(_scores(result, sources))
+    parts.append(_usage(folder))
+    return "\n".join(part for part in parts if part)
+
+
+def _of(weights: str, sources: Sources) -> dict[str, Any] | None:
+    """The scores of a model of these weights, whatever its folder was called."""
+    return next((one for one in sources.results if one.get("weights_sha256") == weights), None)
+
+
+def _is_whole(evaluation: dict[str, Any]) -> bool:
+    """Whether it is fit for the hub's tables, which show no counts: every document, and RULER as it is reported."""
+    settings = evaluation["settings"]
+    return settings["limit"] is None and ("ruler" not in settings["suites"] or settings["samples"] >= _RULER_SAMPLES)
+
+
+def base_license(base: str) -> str | None:
+    """The licence that the base's package or its own card states, in the hub's spelling; None where there is none."""
+    if base.startswith("package:"):
+        try:
+            words = importlib.metadata.metadata(base.removeprefix("package:"))
+        except importlib.metadata.PackageNotFoundError:
+            return None
+        stated = next((words[key] for key in ("License-Expression", "License") if key in words), None)
+        return stated.strip().lower() if stated and len(stated) < 40 else None
+    card = Path(base) / _CARD_FILE
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    values = yaml.safe_load(front[1]) if front else None
+    stated = values.get("license") if isinstance(values, dict) else None
+    return str(stated) if stated else None
+
+
+def _license_line(base: str) -> str:
+    stated = base_license(base)
+    if stated:
+        return f"Licence of the base: {stated}. It holds for this model as well.\n"
+    return "The base's licence is not recorded here; it holds for this model as well.\n"
+
+
+def _layers_table(config: HyLoConfig) -> str:
+    mixers = config.token_mixers or []
+    lines = ["## Layers\n", "| mixer | layers | sizes |", "| --- | --- | --- |"]
+    for name in dict.fromkeys(mixers):
+        places = ", ".join(str(i) for i, one in enumerate(mixers) if one == name)
+        sizes = (config.mixer_geometry or {}).get(name, {})
+        shown = ", ".join(f"{key} {value}" for key, value in sizes.items() if not isinstance(value, list | dict))
+        lines.append(f"| `{name}` | {places} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def _training(run: Run) -> str:
+    recipe = run.recipe
+    lines = [
+        "## Training\n",
+        "| stage | objective | tokens | length | learning rate |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {stage['name']} | {stage['objective']} | {stage['tokens']:,} | {stage['length']:,} "
+        f"| {stage['learning_rate']:g} |"
+        for stage in recipe["stages"]
+    ]
+    calibration = recipe.get("calibration")
+    if calibration:
+        lines.append(f"\nOutput projections were solved on {calibration['tokens']:,} tokens before.")
+    lines.append(f"\nTeacher: {recipe['teacher'] or 'the base'}.")
+    return "\n".join(lines) + "\n"
+
+
+def _steps(run: Run) -> str:
+    assert run.report is not None
+    tokens = run.report["evaluation"]["tokens"]
+    lines = [
+        f"On {tokens:,} held-out tokens, KL(teacher‖model) in nats a token:\n",
+        "| | perplexity | KL | top-1 agreement |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    labels = row_labels(run.report)
+    lines += [
+        f"| {labels[name]} | {scores['perplexity']:,.2f} | {scores['kl']:.3f} | {scores['agreement']:.1%} |"
+        for name, scores in run.report["scores"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(result: dict[str, Any], sources: Sources) -> str:
+    others = [other for other in sources.results if other["weights_sha256"] != result["weights_sha256"]]
+    columns = [dict(score_rows(one)) for one in (result, *others)]
+    names = ["this model", *(Path(other["reference"]).name for other in others)]
+    lines = ["## Scores\n", f"| | metric | n | {' | '.join(names)} |", f"| --- | --- | ---: |{' ---: |' * len(names)}"]
+    for key, (_, _, count) in columns[0].items():
+        cells = []
+        for column in columns:
+            cell = column.get(key)
+            digits = {"perplexity": 2, "bits per byte": 3}.get(key[2], 1)
+            cells.append("" if cell is None else f"{cell[0]:,.{digits}f}")
+        lines.append(f"| {key[1]} | {key[2]} | {f'{count:,}' if count else ''} | {' | '.join(cells)} |")
+    limits = {evaluation["settings"]["limit"] for evaluation in sources.evaluations} - {None}
+    if limits:
+        lines.append(f"\nOf lm-eval's tasks the first {', '.join(map(str, sorted(limits)))} documents alone.")
+    return "\n".join(lines) + "\n"
+
+
+def _hub_results(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": label, "type": suite},
+            "metrics": [{"type": metric or "mean", "value": round(value, 4)}],
+        }
+        for (suite, label, metric), (value, _, _) in score_rows(result)
+    ]
+
+
+def _usage(folder: Path) -> str:
+    return (
+        "## Use\n\n```python\n"
+        "import hylo  # registers the model with transformers' Auto classes\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder.absolute().name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder.absolute().name}")\n```\n'
+    )

@@ -1,0 +1,107 @@
+"""Perplexity by position: how well a model predicts the first 1,024 tokens of a long text, the next 1,024, and so on.
+
+Where a model's context breaks, the curve turns up.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hylo.errors import HyLoError
+from hylo.evaluate.engine import Engine
+from hylo.modeling import PREFILL_CHUNK
+from hylo.progress import bar
+
+POSITIONS = 1024
+
+
+@dataclass(frozen=True)
+class PositionScore:
+    """Over the tokens of one stretch of all windows.
+
+    Attributes:
+        start: of the stretch, in tokens from the window's first.
+        tokens: how many predictions were scored.
+        nats: their mean cross-entropy.
+        stderr: of that mean, over windows; None for one window.
+    """
+
+    start: int
+    tokens: int
+    nats: float
+    stderr: float | None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nats, 700.0))
+
+
+def cut_windows(texts: Sequence[str], engine: Engine, length: int, count: int) -> list[list[int]]:
+    """At most `count` windows of exactly `length` tokens from the texts laid end to end, each begun as a text begins.
+
+    Raises HyLoError where the texts are shorter than one window.
+    """
+    ids: list[int] = []
+    begin = _first_ids(engine)
+    piece = length - len(begin)
+    for text in texts:
+        ids += engine.encode(text if not ids else f"\n\n{text}", special=False)
+        if len(ids) >= count * piece:
+            break
+    windows = [begin + ids[at : at + piece] for at in range(0, len(ids) - piece + 1, piece)][:count]
+    if not windows:
+        raise HyLoError(f"the text has {len(ids):,} tokens, fewer than a window of {length:,}; give more text")
+    return windows
+
+
+def _first_ids(engine: Engine) -> list[int]:
+    whole, bare = engine.encode("a"), engine.encode("a", special=False)
+    return whole[: whole.index(bare[0])] if bare and bare[0] in whole else []
+
+
+@torch.no_grad()
+def perplexity_by_position(engine: Engine, windows: Sequence[Sequence[int]]) -> list[PositionScore]:
+    """Mean cross-entropy of each stretch of 1,024 tokens; windows are read in chunks, through the cache.
+
+    Raises HyLoError where a value is not finite.
+    """
+    length = len(windows[0])
+    sums = torch.zeros(len(windows), -(-length // POSITIONS), dtype=torch.float64)
+    with bar("perplexity", len(windows) * length, "tokens") as shown:
+        for row, window in enumerate(windows):
+            for start, values in _chunk_scores(engine, window):
+                # The token at position p is predicted by the one before it.
+                places = (torch.arange(start + 1, start + 1 + len(values))) // POSITIONS
+                sums[row].index_add_(0, places, -values.double())
+                shown.advance(len(values))
+    counts = torch.tensor(
+        [min(length, start + POSITIONS) - max(start, 1) for start in range(0, length, POSITIONS)], dtype=torch.float64
+    )
+    means = sums / counts
+    if not bool(means.isfinite().all()):
+        raise HyLoError("the perplexities are not finite")
+    scores = []
+    for i, start in enumerate(range(0, length, POSITIONS)):
+        stderr = float(means[:, i].std() / len(windows) ** 0.5) if len(windows) > 1 else None
+        scores.append(PositionScore(start, int(counts[i]) * len(windows), float(means[:, i].mean()), stderr))
+    return scores
+
+
+def _chunk_scores(engine: Engine, window: Sequence[int]) -> Any:
+    """Of each chunk: where it starts, and the log-probability of the token after each of its tokens."""
+    ids = torch.tensor(window, device=engine.device)[None]
+    cache = None
+    for start in range(0, len(window) - 1, PREFILL_CHUNK):
+        piece = ids[:, start : min(start + PREFILL_CHUNK, len(window) - 1)]
+        output = engine.model.get_decoder()(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        wanted = ids[0, start + 1 : start + 1 + piece.shape[1]]
+        yield start, engine.token_scores(output.last_hidden_state[0], wanted)[0]
+
+
+def mean_nats(scores: Sequence[PositionScore]) -> float:
+    """Over all tokens."""
+    return sum(score.nats * score.tokens for score in scores) / sum(score.tokens for score in scores)

@@ -1,0 +1,258 @@
+"""Samples of RULER: each as long as its length allows in tokens of the model's tokenizer, in parallel processes.
+
+A sample depends on the seed, its task, its length and its number alone, however many processes make it.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hylo.errors import HyLoError
+from hylo.evaluate.data import LocalData, MissingDataError
+from hylo.evaluate.ruler.tasks import TASKS, Draft, Material, Task
+from hylo.evaluate.ruler.words import word_lists
+from hylo.progress import bar
+
+# Samples that one process makes in a go: each go begins with a few prompts that only serve to find a size.
+_SAMPLES_A_JOB = 10
+# Below this many tokens in all, starting processes takes longer than they save.
+_TOKENS_WORTH_PROCESSES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and what is wanted of the answer.
+
+    Attributes:
+        prompt: as the model reads it, up to where its answer begins.
+        tokens: of the prompt; with `new_tokens` at most `length`.
+        special: whether the tokenizer adds its special tokens (a chat template brings its own).
+        depth: percent of the context before the needle; None where that says nothing.
+    """
+
+    task: str
+    length: int
+    index: int
+    prompt: str
+    wanted: list[str]
+    tokens: int
+    new_tokens: int
+    special: bool
+    depth: float | None
+
+
+def available_tasks(data: LocalData, wanted: Sequence[str] = tuple(TASKS)) -> tuple[list[str], dict[str, str]]:
+    """Those of the wanted tasks that there is data for, and why the others are missing.
+
+    Raises HyLoError on an unknown task, or where the package with the words is missing.
+    """
+    for name in wanted:
+        if name not in TASKS:
+            raise HyLoError(f"no RULER task {name!r}; expected one of {', '.join(TASKS)}")
+    word_lists()
+    found, missing = [], {}
+    for name in wanted:
+        needs = TASKS[name].needs
+        try:
+            if needs is not None:
+                getattr(data, needs)()
+            found.append(name)
+        except MissingDataError as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def make_samples(
+    tokenizer: Any,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    count: int,
+    *,
+    seed: int = 0,
+    data: LocalData | None = None,
+    chat: bool = False,
+    workers: int | None = None,
+) -> list[Sample]:
+    """`count` samples of each task at each length, in order of length, task and number.
+
+    Args:
+        lengths: in tokens, prompt and answer together.
+        chat: put the question into the tokenizer's chat template, and begin the model's turn with the answer's prefix.
+        workers: processes; as many as there are cores by default, none where there is little to do.
+
+    Raises:
+        HyLoError: where a length is too short for a task, data is missing, or there is no chat template.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise HyLoError("the tokenizer has no chat template; leave out --chat")
+    data = data or LocalData()
+    jobs = [
+        Job(task, length, first, min(first + _SAMPLES_A_JOB, count), seed, chat)
+        for length in lengths
+        for task in tasks
+        for first in range(0, count, _SAMPLES_A_JOB)
+    ]
+    total = sum(job.length * (job.last - job.first) for job in jobs)
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), len(jobs)) if total >= _TOKENS_WORTH_PROCESSES else 1
+    made: dict[Job, list[Sample]] = {}
+    with bar("make RULER prompts", len(lengths) * len(tasks) * count, "samples") as shown:
+        if workers <= 1:
+            maker = Maker(tokenizer, data)
+            for job in jobs:
+                made[job] = maker(job)
+                shown.advance(len(made[job]), f"{job.task} {job.length:,}")
+        else:
+            # Not forked from here: this process may hold threads and a GPU.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, data)) as pool:
+                # The long ones first, so that no process is left alone with one at the end.
+                ordered = sorted(jobs, key=lambda job: -job.length)
+                waiting = {pool.submit(_work, job): job for job in ordered}
+                try:
+                    for done in as_completed(waiting):
+                        job = waiting[done]
+                        made[job] = done.result()
+                        shown.advance(len(made[job]), f"{job.task} {job.length:,}")
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    return [sample for job in jobs for sample in made[job]]
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """A hash over prompts and wanted answers."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps(asdict(sample), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Samples `first` to `last` (not itself) of one task at one length."""
+
+    task: str
+    length: int
+    first: int
+    last: int
+    seed: int
+    chat: bool
+
+
+_maker: "Maker"
+
+
+def _start_worker(tokenizer: Any, data: LocalData) -> None:
+    global _maker
+    # One thread a process: the processes are the parallel part.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _maker = Maker(tokenizer, data)
+
+
+def _work(job: Job) -> list[Sample]:
+    return _maker(job)
+
+
+class Maker:
+    """Makes samples in one process."""
+
+    def __init__(self, tokenizer: Any, data: LocalData) -> None:
+        self.tokenizer = tokenizer
+        self.material = Material(data, lambda text: self._count(text, True))
+
+    def _count(self, text: str, special: bool) -> int:
+        return len(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _prompt(self, draft: Draft, chat: bool) -> str:
+        if not chat:
+            return f"{draft.input} {draft.prefix}"
+        turns = [{"role": "user", "content": draft.input}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + draft.prefix
+
+    def __call__(self, job: Job) -> list[Sample]:
+        task = TASKS[job.task]
+        budget = job.length - task.new_tokens
+
+        def sized(index: int) -> Callable[[int], tuple[Draft, str, int]]:
+            def make(units: int) -> tuple[Draft, str, int]:
+                # Anew for each size: only the size differs between tries.
+                rng = random.Random(f"{job.seed}/{job.task}/{job.length}/{index}")
+                draft = task.make(self.material, rng, units, job.length, index)
+                prompt = self._prompt(draft, job.chat)
+                return draft, prompt, self._count(prompt, not job.chat)
+
+            return make
+
+        start, slope = self._calibrate(task, job, budget, lambda units: sized(0)(units)[2])
+        samples = []
+        for index in range(job.first, job.last):
+            found = fit(sized(index), budget, start, slope, task.lowest)
+            if found is None:
+                raise HyLoError(f"{job.length} tokens are too few for RULER's {job.task}; choose longer lengths")
+            draft, prompt, tokens = found
+            samples.append(
+                Sample(
+                    job.task,
+                    job.length,
+                    index,
+                    prompt,
+                    draft.wanted,
+                    tokens,
+                    task.new_tokens,
+                    not job.chat,
+                    draft.depth,
+                )
+            )
+        return samples
+
+    def _calibrate(self, task: Task, job: Job, budget: int, count: Callable[[int], int]) -> tuple[int, float]:
+        """Units that come near the budget, and tokens a unit; always found on sample 0, so that it does not matter
+        which samples a process makes."""
+        low, high = task.lowest, task.lowest + 40
+        tokens_low, tokens_high = count(low), count(high)
+        for _ in range(2):
+            slope = max((tokens_high - tokens_low) / (high - low), 0.1)
+            high = max(low + 1, low + int((budget - tokens_low) / slope))
+            tokens_high = count(high)
+        slope = max((tokens_high - tokens_low) / (high - low), 0.1)
+        return max(low, high + math.floor((budget - tokens_high) / slope)), slope
+
+
+def fit(
+    make: Callable[[int], tuple[Draft, str, int]], budget: int, start: int, slope: float, lowest: int
+) -> tuple[Draft, str, int] | None:
+    """The largest draft that fits, to within one unit; None where not even the smallest does.
+
+    Args:
+        make: a draft of so many units, its prompt, and the prompt's tokens.
+        budget: tokens at most.
+        start: units to try first.
+        slope: about how many tokens a unit adds.
+        lowest: units at least.
+    """
+    best: tuple[Draft, str, int] | None = None
+    fits, breaks = lowest - 1, None
+    units = max(start, lowest)
+    while units > fits and (breaks is None or units < breaks):
+        made = make(units)
+        tokens = made[2]
+        if tokens <= budget:
+            best, fits = made, units
+            step = int((budget - tokens) / slope)
+        else:
+            breaks = units
+            step = -max(1, math.ceil((tokens - budget) / slope))
+        units += step
+        if breaks is not None and units >= breaks:
+            units = breaks - 1
+        units = max(units, lowest)
+    return best

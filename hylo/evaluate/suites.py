@@ -1,0 +1,439 @@
+"""`hylo eval`: what is asked of a model, suite by suite, and one result with everything that made it.
+
+All that can be wrong with the input is found, and all prompts are made, before weights are read.
+"""
+
+import math
+import os
+import statistics
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, PreTrainedConfig
+
+from hylo.config import HyLoConfig
+from hylo.errors import HyLoError
+from hylo.evaluate.backends import Backend, HfBackend, check_vllm, vllm_backend
+from hylo.evaluate.data import LocalData, MissingDataError
+from hylo.evaluate.engine import Engine
+from hylo.evaluate.perplexity import cut_windows, mean_nats, perplexity_by_position
+from hylo.evaluate.report import environment, installed_version
+from hylo.evaluate.ruler import TASKS, Sample, available_tasks, make_samples, samples_digest, score
+from hylo.precision import Precision, default_device, resolve_precision
+from hylo.upcycle.bases import load_model, load_tokenizer, opened_folder, resolve_base, weights_digest
+from hylo.upcycle.layout import format_layout
+
+SUITES = ("commonsense", "gsm8k", "ruler", "perplexity")
+# Marks a file as a result of this module, and says how to read it.
+FORMAT = "hylo-eval-1"
+
+Place = Literal["auto", "hub", "local"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        suites: of SUITES, in the order they are run.
+        limit: documents of each task of lm-eval, and answers scored in bits per byte; None for all.
+        lengths: of RULER, in tokens, prompt and answer together.
+        samples: of RULER, for each task and length.
+        tasks: of RULER; all that there is data for where empty.
+        beyond: allow lengths beyond what the model was made for.
+        text: files for perplexity, laid end to end; RULER's essays where empty.
+        perplexity_length: tokens of a window; what the model was made for, at most 8,192, where None.
+        windows: how many of them.
+        chat: put the prompts of RULER and lm-eval into the tokenizer's chat template.
+        data: a folder of data; see hylo.evaluate.data.
+        place: where lm-eval's documents come from; `auto` is the hub where it answers, unless `data` is given.
+        seed: of RULER's prompts and lm-eval's generators.
+        batch_tokens: see Engine.
+        workers: processes that make RULER's prompts.
+    """
+
+    suites: tuple[str, ...]
+    limit: int | None = None
+    lengths: tuple[int, ...] = (4096, 8192)
+    samples: int = 50
+    tasks: tuple[str, ...] = ()
+    beyond: bool = False
+    text: tuple[str, ...] = ()
+    perplexity_length: int | None = None
+    windows: int = 8
+    chat: bool = False
+    data: str | None = None
+    place: Place = "auto"
+    seed: int = 0
+    precision: Precision = "auto"
+    backend: str = "hf"
+    batch_tokens: int | None = None
+    workers: int | None = None
+
+
+@dataclass
+class _Prompts:
+    """What every model of one vocabulary is asked."""
+
+    samples: list[Sample] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def hub_answers(timeout_s: float = 3.0) -> bool:
+    """Whether a model hub can be reached, and may be."""
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "0") not in ("", "0"):
+        return False
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout_s):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """`4K,8192` to tokens in rising order. Raises HyLoError on anything else."""
+    from hylo.plan.quantities import parse_contexts
+
+    try:
+        return tuple(sorted(set(parse_contexts(text))))
+    except HyLoError:
+        raise HyLoError(f"--lengths {text!r}: expected tokens such as 4096 or 4K,8K") from None
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises HyLoError on what is wrong with the settings themselves."""
+    for name in settings.suites:
+        if name not in SUITES:
+            raise HyLoError(f"no suite {name!r}; expected one or more of {', '.join(SUITES)}")
+    if not settings.suites:
+        raise HyLoError(f"no suite is given; expected one or more of {', '.join(SUITES)}")
+    if settings.backend == "vllm":
+        check_vllm()
+        if "perplexity" in settings.suites:
+            raise HyLoError("--backend vllm does not measure perplexity; leave out that suite or the backend")
+    if {"commonsense", "gsm8k"} & set(settings.suites) or settings.backend == "vllm":
+        from hylo.evaluate.harness import check_harness
+
+        check_harness()
+
+
+def _check_lengths(config: PreTrainedConfig, reference: str, settings: Settings) -> None:
+    limit = int(config.max_position_embeddings)
+    wanted = list(settings.lengths) if "ruler" in settings.suites else []
+    if "perplexity" in settings.suites and settings.perplexity_length:
+        wanted.append(settings.perplexity_length)
+    longest = max(wanted, default=0)
+    if longest > limit and not settings.beyond:
+        raise HyLoError(
+            f"{longest:,} tokens are more than the {limit:,} that {reference} was made for; "
+            "choose shorter lengths, or pass --beyond to see where it breaks"
+        )
+
+
+def evaluate_models(references: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Measures models one after the other, on the same prompts where they share a vocabulary.
+
+    Args:
+        references: folders, hub ids, GGUF files; the first is the model, the others are what it is compared with.
+
+    Returns:
+        What results.json holds; docs/evaluation.md explains every key.
+
+    Raises:
+        HyLoError: on bad input, before anything long is done.
+    """
+    check_settings(settings)
+    data = LocalData.at(settings.data)
+    for reference in references:
+        resolve_base(reference)
+    hub = settings.place == "hub" or (
+        settings.place == "auto" and settings.data is None and _needs_hub(settings) and hub_answers()
+    )
+    with ExitStack() as stack:
+        folders = [stack.enter_context(opened_folder(reference)) for reference in references]
+        tokenizers = [load_tokenizer(folder) for folder in folders]
+        for folder, reference in zip(folders, references, strict=True):
+            _check_lengths(read_config(folder), reference, settings)
+        _check_documents(settings, data, hub)
+        text = _text(settings, data) if "perplexity" in settings.suites else None
+        start = time.monotonic()
+        prompts = _make_prompts(tokenizers, settings, data)
+        prompts_seconds = time.monotonic() - start
+        results = []
+        for reference, folder, tokenizer, asked in zip(references, folders, tokenizers, prompts, strict=True):
+            results.append(_evaluate_one(reference, folder, tokenizer, asked, settings, data, hub, text))
+            if torch.cuda.is_available():
+                # What the model before held.
+                torch.cuda.empty_cache()
+    where = environment()
+    where["versions"] |= {name: installed_version(name) for name in ("lm_eval", "datasets", "vllm")}
+    return {
+        "format": FORMAT,
+        "settings": asdict(settings) | {"place": "hub" if hub else "local"},
+        "environment": where,
+        "prompts_seconds": round(prompts_seconds, 1),
+        "results": results,
+    }
+
+
+def _needs_hub(settings: Settings) -> bool:
+    return bool({"commonsense", "gsm8k"} & set(settings.suites))
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Raises HyLoError where a folder's config.json is none of a causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        return config.get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise HyLoError(f"{folder}/config.json: {' '.join(str(error).split())[:200]}") from None
+
+
+def _check_documents(settings: Settings, data: LocalData, hub: bool) -> None:
+    """Raises HyLoError where a suite of lm-eval has no documents at all."""
+    from hylo.evaluate.harness import COMMONSENSE, hub_tasks
+
+    wanted = {"commonsense": tuple(COMMONSENSE), "gsm8k": ("gsm8k",)}
+    for suite in settings.suites:
+        tasks = wanted.get(suite, ())
+        if hub and tasks:
+            # What is downloaded here is found again when it is needed.
+            with hub_tasks(tasks):
+                continue
+        reasons = [reason for task in tasks if (reason := _why_missing(task, data)) is not None]
+        if tasks and len(reasons) == len(tasks):
+            raise HyLoError(reasons[0])
+
+
+def _why_missing(task: str, data: LocalData) -> str | None:
+    try:
+        data.documents(task)
+    except MissingDataError as error:
+        return str(error)
+    return None
+
+
+def _text(settings: Settings, data: LocalData) -> tuple[list[str], str]:
+    """Texts for perplexity, and what they are."""
+    if not settings.text:
+        try:
+            essays, origin = data.essays()
+        except MissingDataError:
+            raise HyLoError("perplexity needs a long text; give one with --text") from None
+        return [essays], f"essays ({origin})"
+    from hylo.data.sources import read_documents
+
+    return [document.text for document in read_documents(settings.text)], ", ".join(settings.text)
+
+
+def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData) -> list[_Prompts]:
+    """RULER's, for each model; made once for all that share a vocabulary."""
+    if "ruler" not in settings.suites:
+        return [_Prompts() for _ in tokenizers]
+    tasks, missing = available_tasks(data, settings.tasks or tuple(TASKS))
+    if not tasks:
+        raise HyLoError(f"no RULER task has its data: {'; '.join(missing.values())}")
+    made: list[_Prompts] = []
+    for i, tokenizer in enumerate(tokenizers):
+        same = next((made[j] for j in range(i) if tokenizers[j].get_vocab() == tokenizer.get_vocab()), None)
+        made.append(
+            same
+            or _Prompts(
+                make_samples(
+                    tokenizer,
+                    tasks,
+                    settings.lengths,
+                    settings.samples,
+                    seed=settings.seed,
+                    data=data,
+                    chat=settings.chat,
+                    workers=settings.workers,
+                ),
+                missing,
+            )
+        )
+    return made
+
+
+def describe_model(folder: Path, reference: str) -> dict[str, Any]:
+    """What a checkpoint is, from its config alone: layout, cache and state."""
+    config = read_config(folder)
+    facts: dict[str, Any] = {
+        "reference": reference,
+        "family": config.model_type,
+        "context": int(config.max_position_embeddings),
+        "weights_sha256": weights_digest(folder),
+    }
+    if isinstance(config, HyLoConfig):
+        return facts | {
+            "layout": format_layout(config.token_mixers or []),
+            "token_mixers": config.token_mixers,
+            "base_model": config.base_model,
+            "cache_bytes_per_token": config.cache_bytes(1),
+            "base_cache_bytes_per_token": 2 * config.base_cache_elements_per_token,
+            "state_bytes_per_sequence": config.state_bytes(),
+        }
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return facts | {
+        "layers": config.num_hidden_layers,
+        "cache_bytes_per_token": 4 * config.num_hidden_layers * heads * size,
+    }
+
+
+def _evaluate_one(
+    reference: str,
+    folder: Path,
+    tokenizer: Any,
+    prompts: _Prompts,
+    settings: Settings,
+    data: LocalData,
+    hub: bool,
+    text: tuple[list[str], str] | None,
+) -> dict[str, Any]:
+    facts = describe_model(folder, reference)
+    dtype = resolve_precision(settings.precision)
+    engine: Engine | None = None
+    backend: Backend
+    if settings.backend == "vllm":
+        longest = max([facts["context"], *(settings.lengths if "ruler" in settings.suites else ())])
+        backend = vllm_backend(folder, longest, str(dtype).removeprefix("torch."))
+    else:
+        model = load_model(folder, dtype).to(default_device())
+        facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        engine = Engine(model, tokenizer, settings.batch_tokens)
+        backend = HfBackend(engine)
+    suites: dict[str, dict[str, Any]] = {}
+    for name in settings.suites:
+        start = time.monotonic()
+        if name == "ruler":
+            suites[name] = run_ruler(backend, prompts.samples, prompts.missing)
+        elif name == "perplexity":
+            assert engine is not None and text is not None
+            suites[name] = _run_perplexity(engine, text, settings, facts["context"])
+        else:
+            run: Callable[..., dict[str, Any]] = {"commonsense": _run_commonsense, "gsm8k": _run_gsm8k}[name]
+            suites[name] = run(backend, settings, data, hub)
+        suites[name]["seconds"] = round(time.monotonic() - start, 1)
+    return facts | {"dtype": str(dtype), "suites": suites}
+
+
+# The suites.
+
+
+def _run_commonsense(backend: Backend, settings: Settings, data: LocalData, hub: bool) -> dict[str, Any]:
+    from hylo.evaluate.harness import COMMONSENSE, hub_tasks, local_tasks, run_tasks
+
+    with hub_tasks(list(COMMONSENSE)) if hub else local_tasks(list(COMMONSENSE), data) as (tasks, origins, missing):
+        measured = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat)
+    for name, result in measured.items():
+        result |= {"metric": COMMONSENSE[name], "origin": origins[name]} | result["metrics"][COMMONSENSE[name]]
+    return {"tasks": measured, "missing": missing, "mean": _mean(measured.values(), len(COMMONSENSE))}
+
+
+def _mean(results: Any, of: int) -> dict[str, Any]:
+    """The mean over tasks, labelled by how many of the published ones it is over."""
+    results = list(results)
+    errors = [result["stderr"] for result in results]
+    known = all(error is not None for error in errors)
+    return {
+        "label": f"mean of {len(results)}" + ("" if len(results) == of else f" of the {of} tasks"),
+        "value": statistics.fmean(result["value"] for result in results),
+        "stderr": math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
+    }
+
+
+def _run_gsm8k(backend: Backend, settings: Settings, data: LocalData, hub: bool) -> dict[str, Any]:
+    """Exact match of generated answers, and bits per byte of the gold ones."""
+    from hylo.evaluate.harness import hub_tasks, local_tasks, run_tasks
+
+    # gsm8k draws its five shots from the train split, which no package has; gsm8k_cot carries its eight shots itself.
+    name = "gsm8k" if hub else "gsm8k_cot"
+    with hub_tasks([name]) if hub else local_tasks([name], data) as (tasks, origins, _):
+        measured = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat)[name]
+        rows = list(tasks[name].test_docs())
+    answers = [(row["question"], row["answer"]) for row in rows[: settings.limit]]
+    return {
+        "task": name,
+        "origin": origins[name],
+        "exact_match": measured,
+        "bits_per_byte": gold_bits_per_byte(backend, answers),
+    }
+
+
+def gold_bits_per_byte(backend: Backend, answers: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """How many bits a model needs for each byte of a worked answer, 0-shot, after `Question: ...\\nAnswer:`.
+
+    It still tells models apart that are too small to get an answer right. The mean is over answers.
+    """
+    pairs = [(f"Question: {question}\nAnswer:", f" {answer}") for question, answer in answers]
+    scored = backend.loglikelihoods(pairs, "gold answers")
+    bits = [-value / math.log(2) / len(answer.encode()) for (_, answer), (value, _) in zip(pairs, scored, strict=True)]
+    return {"value": statistics.fmean(bits), "stderr": _stderr(bits), "documents": len(bits)}
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def run_ruler(backend: Backend, samples: Sequence[Sample], missing: dict[str, str]) -> dict[str, Any]:
+    """Scores by length and task, from 0 to 1; and by length and depth in percent how many single needles were found, of
+    how many."""
+    scores: dict[tuple[int, str], list[float]] = {}
+    needles: dict[str, dict[str, list[float]]] = {}
+    # Together where they are alike: the same length, and as many tokens to answer with.
+    groups: dict[tuple[int, int], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.length, sample.new_tokens), []).append(sample)
+    seconds: dict[int, float] = {}
+    for (length, new_tokens), group in groups.items():
+        start = time.monotonic()
+        answers = backend.answers(
+            [sample.prompt for sample in group],
+            new_tokens,
+            special=group[0].special,
+            description=f"RULER {length:,}, answers of {new_tokens}",
+        )
+        seconds[length] = seconds.get(length, 0.0) + time.monotonic() - start
+        for sample, answer in zip(group, answers, strict=True):
+            value = score(sample.task, answer, sample.wanted)
+            scores.setdefault((length, sample.task), []).append(value)
+            if sample.depth is not None:
+                found = needles.setdefault(str(length), {}).setdefault(f"{sample.depth:g}", [0.0, 0])
+                found[0] += value
+                found[1] += 1
+    lengths = {}
+    for length in dict.fromkeys(sample.length for sample in samples):
+        tasks = {
+            task: {
+                "value": statistics.fmean(scores[length, task]),
+                "stderr": _stderr(scores[length, task]),
+                "samples": len(scores[length, task]),
+            }
+            for task in TASKS
+            if (length, task) in scores
+        }
+        mean = _mean(tasks.values(), len(TASKS)) | {"label": f"RULER-{len(tasks)}"}
+        lengths[str(length)] = {"tasks": tasks, "mean": mean, "seconds": round(seconds[length], 1)}
+    return {"lengths": lengths, "missing": missing, "needles": needles, "prompts_sha256": samples_digest(samples)}
+
+
+def _run_perplexity(engine: Engine, text: tuple[list[str], str], settings: Settings, context: int) -> dict[str, Any]:
+    length = settings.perplexity_length or min(context, 8192)
+    windows = cut_windows(text[0], engine, length, settings.windows)
+    scores = perplexity_by_position(engine, windows)
+    return {
+        "text": text[1],
+        "length": length,
+        "windows": len(windows),
+        "nats": mean_nats(scores),
+        "perplexity": math.exp(min(mean_nats(scores), 700.0)),
+        "positions": [asdict(one) | {"perplexity": one.perplexity} for one in scores],
+    }

@@ -1,0 +1,120 @@
+"""`hylo eval`, in process."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hylo.commands.evaluate import register
+from hylo.errors import HyLoError
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, base_folder: Path, mixed_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Run:
+    """Runs `eval` in a folder with a hybrid, its base and texts."""
+    for name, folder in (("base", base_folder), ("hybrid", mixed_folder), ("texts", text_folder)):
+        (tmp_path / name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    # Of two commands each is called by its name, as in `hylo`.
+    app.command()(lambda: None)
+    register(app)
+
+    def call(line: str) -> Any:
+        return CliRunner().invoke(app, ["eval", *line.split()])
+
+    return call
+
+
+def test_a_model_beside_its_base(run: Run, tmp_path: Path) -> None:
+    line = "hybrid --suite ruler,perplexity --vs base --tasks niah_single_1,fwe --lengths 2K --samples 2 --beyond "
+    result = run(line + "--text texts --length 256 --windows 2 --precision float32 --output out/eval")
+    assert result.exit_code == 0, result.output
+    for shown in ("hybrid against base", "RULER-2 at 2,048", "perplexity", "out/eval/results.json"):
+        assert shown in result.output
+    report = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())
+    assert [one["reference"] for one in report["results"]] == ["hybrid", "base"]
+    assert report["results"][0]["suites"]["perplexity"]["text"] == "texts"
+    assert report["results"][0]["suites"]["perplexity"]["windows"] == 2
+    assert "RULER-2" in (tmp_path / "out" / "eval" / "report.html").read_text()
+    # The same seed, the same scores.
+    again = run(line + "--text texts --length 256 --windows 2 --precision float32 --json")
+    assert again.exit_code == 0, again.output
+    for one, other in zip(report["results"], json.loads(again.output)["results"], strict=True):
+        for name in ("ruler", "perplexity"):
+            one["suites"][name].pop("seconds"), other["suites"][name].pop("seconds")
+        assert one["suites"]["perplexity"] == other["suites"]["perplexity"]
+        assert one["suites"]["ruler"]["needles"] == other["suites"]["ruler"]["needles"]
+
+
+def test_text_alone_is_scored_as_before(run: Run) -> None:
+    result = run("hybrid --teacher base --text texts --length 64 --tokens 500 --precision float32 --json")
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.output)
+    assert scores["tokens"] == 7 * 63
+    assert scores["kl"] > 0
+    shown = run("base --text texts --length 64 --tokens 500 --precision float32")
+    assert shown.output.startswith("perplexity")
+
+
+def test_a_first_look_takes_little_of_each_suite_and_gives_way_to_options(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hylo.evaluate import suites
+
+    asked: list[suites.Settings] = []
+
+    def note(models: list[str], settings: suites.Settings) -> None:
+        asked.append(settings)
+        raise HyLoError("noted")
+
+    monkeypatch.setattr(suites, "evaluate_models", note)
+    for line in ("base --suite all", "base --suite all --quick", "base --suite ruler,ruler --quick --samples 5"):
+        assert str(run(line).exception) == "noted"
+    whole, quick, chosen = asked
+    assert whole.suites == quick.suites == suites.SUITES
+    assert chosen.suites == ("ruler",)
+    assert (whole.limit, whole.lengths, whole.samples) == (None, (4096, 8192), 50)
+    assert quick.limit is not None
+    assert quick.limit <= 20
+    assert (quick.lengths, quick.windows) == ((1024,), 2)
+    assert (quick.samples, chosen.samples, chosen.lengths) == (2, 5, (1024,))
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("nowhere --suite ruler", "nowhere"),
+        ("base --suite mmlu", "'mmlu'"),
+        ("base --suite ruler --lengths 4Q", "'4Q'"),
+        ("base --suite ruler --lengths 4K", "--beyond"),
+        ("base --suite ruler --tasks niah --lengths 512", "'niah'"),
+        ("base --suite perplexity --vs nowhere", "nowhere"),
+        ("base --suite perplexity --text nowhere.txt", "nowhere.txt"),
+        ("base --suite perplexity --teacher base", "--vs"),
+        ("base --suite commonsense --data nowhere", "nowhere"),
+        ("base --suite perplexity --backend vllm", "vllm"),
+        ("base --suite perplexity --output texts/text00.txt", "text00.txt"),
+        ("texts --suite ruler", "config.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, line: str, named: str) -> None:
+    result = run(line if "--output" in line else f"{line} --output out")
+    assert isinstance(result.exception, HyLoError), result.output
+    assert named in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_neither_suite_nor_text_is_a_wrong_command_line(run: Run) -> None:
+    result = run("base")
+    assert result.exit_code == 2
+    assert "--suite" in result.output

