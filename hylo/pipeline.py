@@ -286,6 +286,10 @@ class UpcycleRun:
         resolve_report_to(self.recipe)
         for stage in self.recipe.stages:
             parallel.share_of_rank(stage)
+            if stage.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+                raise HyLoError(
+                    f"{stage.name}: optimizer adamw_8bit needs torchao; install it with: pip install torchao"
+                )
         self.corpus.check()
         resolve_base(self.recipe.base)
         if self.recipe.teacher is not None:

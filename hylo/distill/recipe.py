@@ -81,7 +81,8 @@ class StageSection(Section):
             cross-entropy alone. By default what the teacher was made for.
         optimizer: `adamw`, or `adamw_8bit` with moments in 8 bits (needs torchao).
         mlp_chunk: tokens that pass an MLP at a time, which is then made again in the backward pass.
-        offload: what waits in the CPU's memory: `activations` between forward and backward pass, the `teacher`.
+        offload: what waits in the CPU's memory: `activations` between forward and backward pass; the `teacher`, on one
+            GPU.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")

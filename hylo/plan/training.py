@@ -1,8 +1,8 @@
 """Memory to train a stage of a recipe, on each GPU: an upper estimate, each part at its largest.
 
-Weights that train are float32, with AdamW's two moments; products are computed in bfloat16 by autocast, so the residual
-stream stays in float32. Over several GPUs full sharding is assumed: weights, gradients, moments and the teacher are
-divided; what a window makes is not.
+Weights that train are float32, with AdamW's two moments; products are computed in bfloat16 by autocast. The residual
+stream is in bfloat16 too, but in layerwise stages, which compare large values that differ little. Over several GPUs
+full sharding is assumed: weights, gradients, moments and the teacher are divided; what a window makes is not.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,11 @@ from hylo.ops.linear_kl import workspace_bytes
 from hylo.plan.inference import RESERVED_BYTES
 from hylo.plan.model import ModelPlan
 from hylo.plan.quantities import format_tokens
-from hylo.plan.workspace import SOFTMAX_MIXERS, Chunk, head_sizes, linear_sizes, prefill_workspace
+from hylo.plan.workspace import SOFTMAX_MIXERS, STATE_CHUNK, Chunk, head_sizes, linear_sizes, prefill_workspace
 
 _MASTER = 4
-_MOMENTS = 8
+# AdamW's two, in float32 or in 8 bits with a scale for each 256.
+_MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256}
 _MOST_GPUS = 1024
 
 
@@ -49,7 +50,7 @@ def training_memory(training: Training, stage: StageSection) -> dict[str, int]:
     return {
         "weights": _share(student.parameters * (_MASTER + copies), training.gpus),
         "gradients": _share(trained * _MASTER, training.gpus),
-        "optimizer": _share(trained * _MOMENTS, training.gpus),
+        "optimizer": _share(round(trained * _MOMENTS[stage.optimizer]), training.gpus),
         "activations": max(_activations(training, stage), _teacher_pass(training, stage)),
         "teacher": _teacher(training, stage),
         "loss": _loss(training, stage),
@@ -70,30 +71,50 @@ def _activations(training: Training, stage: StageSection) -> int:
 
     With gradient checkpointing: the input of every layer, and one layer made again.
     """
-    student = training.student
-    layers = [_layer_values(student, name, training.compute_size) for name in student.layers]
-    kept = sum(layers)
+    student, stream = training.student, _stream_size(training, stage)
+    layers = [_layer_values(student, name, training.compute_size, stream) for name in student.layers]
+    largest = float(max(layers))
+    if stage.mlp_chunk is not None:
+        # Of the MLP there is one chunk at a time, made again.
+        mlp = _mlp_values(student) * training.compute_size
+        outside = largest - mlp
+        layers = [layer - mlp for layer in layers]
+        largest = outside + mlp * min(1.0, stage.mlp_chunk / stage.length)
+    kept = float(sum(layers))
     if stage.gradient_checkpointing:
-        kept = len(layers) * student.config.hidden_size * _MASTER + max(layers)
-    return _rows(stage) * (kept + max(layers))
+        inputs = 0 if "activations" in stage.offload else len(layers) * student.config.hidden_size * stream
+        kept = inputs + largest
+    elif "activations" in stage.offload:
+        kept = largest
+    return round(_rows(stage) * (kept + largest))
 
 
-def _layer_values(model: ModelPlan, mixer: str, compute_size: int) -> int:
+def _stream_size(training: Training, stage: StageSection) -> int:
+    """Bytes of a value of the residual stream."""
+    return _MASTER if stage.objective == "layerwise" else training.compute_size
+
+
+def _mlp_values(model: ModelPlan) -> int:
+    """Gate, up and their product."""
+    return 3 * model.config.intermediate_size
+
+
+def _layer_values(model: ModelPlan, mixer: str, compute_size: int, stream_size: int) -> int:
     """Bytes a token that one layer keeps for its backward pass."""
     config = model.config
-    # Before and after each norm in float32, and what products read of it.
-    stream = 2 * config.hidden_size * (2 * _MASTER + compute_size)
-    # Gate, its SiLU, up, product.
-    mlp = 4 * config.intermediate_size
+    # Before each norm, and what products read of it.
+    stream = 2 * config.hidden_size * (stream_size + compute_size)
     if mixer in SOFTMAX_MIXERS:
         heads = head_sizes(config, mixer)
         # Queries and keys before and after rotation, values, what latents expand to, output.
         mixed = heads.heads * (2 * heads.qk + heads.v) + heads.kv_heads * (2 * heads.qk + heads.v) + heads.expanded
     else:
         linear = linear_sizes(config, mixer)
-        # Inputs of the convolution and of the recurrence, the gate, the output before and after its norm.
-        mixed = linear.projected + linear.convolved + linear.head_inputs + 3 * linear.value_size
-    return stream + (mlp + mixed) * compute_size
+        # Before and after the convolution, for all heads; the triangles of the delta rule; the gate; the output before
+        # and after its norm.
+        mixed = linear.projected + linear.convolved + max(0, linear.head_inputs - linear.convolved)
+        mixed += linear.heads * STATE_CHUNK + 3 * linear.value_size
+    return stream + (_mlp_values(model) + mixed) * compute_size
 
 
 def _teacher_of(training: Training, stage: StageSection) -> ModelPlan:
@@ -111,7 +132,12 @@ def _teacher(training: Training, stage: StageSection) -> int:
     teacher = _teacher_of(training, stage)
     hidden = _rows(stage) * teacher.config.hidden_size
     if stage.objective == "kl":
-        return _share(teacher.parameters * training.compute_size, training.gpus) + hidden * training.compute_size
+        weights = _share(teacher.parameters * training.compute_size, training.gpus)
+        if "teacher" in stage.offload:
+            # Its head stays, and one layer at a time comes.
+            layer = (teacher.parameters - 2 * teacher.head_parameters) // len(teacher.layers)
+            weights = (teacher.head_parameters + layer) * training.compute_size
+        return weights + hidden * training.compute_size
     # In float32, as stage 1 compares large values that differ little.
     handed_over = len(teacher.layers) * hidden * (_MASTER + training.compute_size)
     return _share(teacher.parameters * _MASTER, training.gpus) + handed_over
@@ -122,14 +148,16 @@ def _loss(training: Training, stage: StageSection) -> int:
     config = training.student.config
     hidden = _rows(stage) * config.hidden_size
     if stage.objective == "layerwise":
-        # Of each replaced layer: outputs of layer and mixer, and their differences in float32.
+        # Of each replaced layer the outputs of layer and mixer, until they have been gone back through.
         replaced = sum(mixer_class(name).replaces_attention for name in training.student.layers)
-        return replaced * hidden * (_MASTER + training.compute_size + 2 * _MASTER)
+        return replaced * hidden * (_MASTER + training.compute_size)
     widths = config.hidden_size, _teacher_of(training, stage).config.hidden_size
     logits = workspace_bytes(_rows(stage), config.vocab_size, *widths, training.compute_size)
-    # The head as products read it and its gradient in float32; the gradient of the hidden states.
+    # The head as products read it and its gradient in float32; the gradient of the hidden states; cross-entropy, by
+    # choice, makes both once more.
     head = training.student.head_parameters * (training.compute_size + _MASTER)
-    return logits + head + hidden * _MASTER
+    made = head + hidden * training.compute_size
+    return logits + made + (made if stage.cross_entropy else 0)
 
 
 def fits(training: Training, stage: StageSection) -> bool:
@@ -147,10 +175,20 @@ def _remedies(training: Training, stage: StageSection) -> Iterator[str]:
     checkpointed = stage.model_copy(update={"gradient_checkpointing": True})
     if not stage.gradient_checkpointing and fits(training, checkpointed):
         yield "gradient_checkpointing: true"
+    with_checkpoints = "" if stage.gradient_checkpointing else ", gradient_checkpointing: true"
+    for change, values in (
+        ("optimizer: adamw_8bit", {"optimizer": "adamw_8bit"}),
+        ("offload: [activations]", {"offload": ["activations"]}),
+        ("offload: [activations, teacher]", {"offload": ["activations", "teacher"]}),
+    ):
+        if "teacher" in change and training.gpus > 1:
+            continue
+        if fits(training, checkpointed.model_copy(update=values)):
+            yield change + with_checkpoints
+            break
     for batch in range(stage.batch_size - 1, 0, -1):
         if fits(training, checkpointed.model_copy(update={"batch_size": batch})):
             accumulation = -(-stage.batch_size * stage.accumulation // batch)
-            with_checkpoints = "" if stage.gradient_checkpointing else ", gradient_checkpointing: true"
             yield f"batch_size: {batch}, accumulation: {accumulation}{with_checkpoints}"
             break
     gpus = training.gpus

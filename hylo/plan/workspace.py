@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hylo.config import HyLoConfig
 from hylo.mixers.softmax import KEY_BLOCK
+from hylo.modeling import MLP_CHUNK
 
 # Tokens between two states that the kernels of linear attention keep.
 STATE_CHUNK = 64
@@ -117,8 +118,9 @@ def norm_output(chunk: Chunk) -> int:
 
 
 def mlp_products(chunk: Chunk) -> int:
-    """Gate, up and their product."""
-    return 3 * chunk.activation_bytes(chunk.config.intermediate_size)
+    """Gate, up and their product, of the tokens that pass the MLP at a time."""
+    at_once = min(chunk.tokens, MLP_CHUNK) * chunk.sequences
+    return 3 * at_once * chunk.config.intermediate_size * chunk.element_size
 
 
 # Of attention and MLA.
