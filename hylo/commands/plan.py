@@ -35,15 +35,22 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
     gpu_memory: Annotated[str | None, typer.Option(help="GiB of one GPU, such as 80: says what fits.")] = None,
+    gpu: Annotated[
+        str, typer.Option(help="Its name, for the time that training takes: H100, A100, L40S, ...")
+    ] = "H100",
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="The share of its peak that training is taken to use.")
+    ] = 0.3,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that are read at a time.")] = 8192,
     dtype: Annotated[DtypeName, typer.Option(help="Of weights and cache when serving.")] = DtypeName.bfloat16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what a conversion would cost: parameters, cache, and memory to serve and to train. Reads no weights.
+    """Say what a conversion would cost: parameters, cache, memory to serve and to train, and time. Reads no weights.
 
     Example: hylo plan meta-llama/Llama-3.2-1B-Instruct --layout 4MLA12GDN --geometry paper --gpu-memory 80
     """
     from hylo.distill.recipe import load_recipe
+    from hylo.plan.duration import Pace
     from hylo.plan.inference import Serving
     from hylo.plan.quantities import parse_contexts, parse_gpu_memory
     from hylo.plan.report import plan_dense, plan_pair, plan_report, training_report
@@ -69,7 +76,7 @@ def plan(
     if spec is not None and spec.stages:
         guide = teacher or spec.teacher
         taught_by = plan_dense(read_config(guide), guide) if guide is not None else dense
-        report["training"] = training_report(spec, hybrid, dense, taught_by, serving)
+        report["training"] = training_report(spec, hybrid, dense, taught_by, serving, Pace(gpu, mfu))
     if as_json:
         out.print(json.dumps(report), soft_wrap=True, highlight=False, markup=False)
     else:

@@ -10,6 +10,7 @@ from hylo.config import HyLoConfig
 from hylo.distill.recipe import Recipe
 from hylo.errors import HyLoError
 from hylo.plan import inference, training
+from hylo.plan.duration import Pace, stage_flops
 from hylo.plan.inference import Serving
 from hylo.plan.model import ModelPlan, counts, plan_model
 from hylo.plan.training import Training
@@ -76,9 +77,9 @@ def _serving_estimate(model: ModelPlan, context: int, serving: Serving) -> dict[
 
 
 def training_report(
-    recipe: Recipe, hybrid: ModelPlan, base: ModelPlan, teacher: ModelPlan, serving: Serving
+    recipe: Recipe, hybrid: ModelPlan, base: ModelPlan, teacher: ModelPlan, serving: Serving, pace: Pace | None = None
 ) -> dict[str, Any]:
-    """Memory of each stage, on the GPUs that the model would be served on.
+    """Memory and time of each stage, on the GPUs that the model would be served on.
 
     Raises HyLoError where student and teacher differ in vocabulary.
     """
@@ -89,13 +90,18 @@ def training_report(
         )
     compute_size = 4 if recipe.precision == "float32" else 2
     setup = Training(hybrid, base, teacher, compute_size, serving.gpus, serving.gpu_memory)
+    pace = pace or Pace()
     stages = []
     for stage in recipe.stages:
         parts = training.training_memory(setup, stage)
         change = [] if setup.gpu_memory is None else training.remedies(setup, stage)
         fits = None if setup.gpu_memory is None else training.fits(setup, stage)
-        stages.append({"name": stage.name} | _estimate(parts, fits, change))
-    return {"gpus": serving.gpus, "assumes": "assumes full sharding", "stages": stages}
+        flops = stage_flops(setup, stage)
+        time = {"tokens": stage.steps * stage.tokens_per_step, "flops": flops}
+        time["hours"] = flops / (pace.flops_per_s * serving.gpus) / 3600
+        stages.append({"name": stage.name} | time | _estimate(parts, fits, change))
+    setting = {"gpus": serving.gpus, "assumes": "assumes full sharding", "gpu": pace.gpu, "mfu": pace.mfu}
+    return setting | {"stages": stages}
 
 
 def _estimate(parts: dict[str, int], fits: bool | None, change: list[str]) -> dict[str, Any]:

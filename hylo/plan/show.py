@@ -111,7 +111,23 @@ def _serving_view(serving: dict[str, Any]) -> list[Any]:
 def _training_view(training: dict[str, Any]) -> list[Any]:
     rows = [(stage["name"], stage) for stage in training["stages"]]
     title = f"memory to train, GiB {_on(training)}"
-    return [Text(title, style="bold"), memory_table(rows), *what_to_change(rows)]
+    return [Text(title, style="bold"), memory_table(rows), *what_to_change(rows), Text(), *_time_view(training)]
+
+
+def _time_view(training: dict[str, Any]) -> list[Any]:
+    table = _table(("", "tokens", "PFLOP", "hours"))
+    for stage in training["stages"]:
+        table.add_row(stage["name"], f"{stage['tokens']:,}", f"{stage['flops'] / 1e15:,.1f}", _hours(stage["hours"]))
+    total = sum(stage["hours"] for stage in training["stages"])
+    if len(training["stages"]) > 1:
+        table.add_row("together", "", "", _hours(total))
+    count = "one" if training["gpus"] == 1 else str(training["gpus"])
+    title = f"time to train on {count} {training['gpu']}, {training['mfu']:.0%} of the peak used"
+    return [Text(title, style="bold"), table]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.2f}" if hours < 10 else f"{hours:,.0f}"
 
 
 def _on(setup: dict[str, Any]) -> str:
