@@ -71,14 +71,16 @@ def test_gradients(mixer: str) -> None:
         return {name: p.grad.double().cpu().clone() for name, p in layer.mixer.named_parameters() if p.grad is not None}
 
     expected = gradients(hidden.double(), upstream.double())
-    model.to("cuda")
     layer.float()
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        result = gradients(hidden.float().cuda(), upstream.float().cuda())
-    errors = {name: float((result[name] - value).norm() / value.norm()) for name, value in expected.items()}
-    assert result.keys() == expected.keys()
-    # Two roundings to bfloat16 lie between a projection's gradient and the kernel's.
-    assert max(errors.values()) < 6e-2, errors
+    errors = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            result = gradients(hidden.float().to(device), upstream.float().to(device))
+        assert result.keys() == expected.keys()
+        errors.append({name: float((result[name] - value).norm() / value.norm()) for name, value in expected.items()})
+    # No more than twice what plain torch loses to the same roundings, which Mamba-2's norm of small heads multiplies.
+    assert all(errors[1][name] < max(2 * errors[0][name], 1e-2) for name in expected), errors
 
 
 def distance(result: torch.Tensor, exact: torch.Tensor) -> float:
