@@ -165,6 +165,18 @@ def test_a_section_without_figures_is_left_out(run: Path, results: Path, tmp_pat
     assert early.svgs == 1
 
 
+def test_the_scores_of_a_base_do_not_head_the_page_of_a_hybrid(
+    run: Path, tiny_report: dict[str, Any], tmp_path: Path
+) -> None:
+    for name, layout, headed in (("base", None, False), ("hybrid", "2MLA2GDN", True)):
+        one = tiny_report["results"][0] | {"layout": layout}
+        file = tmp_path / name / "results.json"
+        file.parent.mkdir()
+        file.write_text(json.dumps(tiny_report | {"results": [one]}))
+        tiles = report_page([run, file]).split("<div class=tiles>")[1].split("</div></div>")[0]
+        assert ("RULER" in tiles) == headed
+
+
 def test_results_of_one_model_are_put_together(results: Path, tiny_report: dict[str, Any], tmp_path: Path) -> None:
     """RULER measured on one day and common sense on another make one column."""
     for name in ("ruler", "commonsense"):

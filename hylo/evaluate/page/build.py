@@ -157,7 +157,9 @@ def _tiles(sources: Sources) -> str:
             last = list(run.report["scores"].values())[-1]
             tiles.append((f"{last['kl']:.2f}", "KL to the teacher, nats a token"))
             tiles.append((f"{last['agreement']:.0%}", "top-1 agreement"))
-    for result in sources.results[:1]:
+    # A base's scores are no hybrid's.
+    scored = [result for result in sources.results if hybrid is None or result.get("layout")]
+    for result in scored[:1]:
         for (suite, label, metric), (value, _, _) in score_rows(result):
             if label.startswith("mean of"):
                 tiles.append((f"{value:.1f}", f"common sense, {label}"))
