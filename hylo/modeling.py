@@ -80,8 +80,8 @@ class HyLoDecoderLayer(GradientCheckpointingLayer):
 
     def after_mixing(self, hidden_states: Tensor, mixed: Tensor) -> Tensor:
         """The rest of the layer, given its input and what its mixer made of it, `[B, T, D]` each."""
-        normed, hidden_states = self.post_attention_layernorm.of_sum(
-            mixed, hidden_states, _products_dtype(hidden_states)
+        normed, hidden_states = self.post_attention_layernorm(
+            mixed, _products_dtype(hidden_states), residual=hidden_states
         )
         return hidden_states + self.mlp(normed)
 

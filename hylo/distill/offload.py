@@ -15,7 +15,8 @@ _LEAST_BYTES = 2**20
 def activations_on_cpu() -> Iterator[None]:
     """Inside the block, what a forward pass on a GPU keeps for the backward pass waits in pinned memory of the CPU.
 
-    With gradient checkpointing that is the input of each layer, `[B, T, D]`. Weights stay where they are.
+    With gradient checkpointing that is the input of each layer, `[B, T, D]`. Without it the copies of weights that
+    autocast makes go as well, and what several products read goes once for each.
     """
 
     def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:

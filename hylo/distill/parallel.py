@@ -34,7 +34,10 @@ def begin() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+        # The recipe says these; what a launcher was configured with would wrap models a second time.
+        for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+            os.environ.pop(name, None)
+        PartialState(cpu=not torch.cuda.is_available())
         _waiting_room()
         console.quiet = not is_main()
 
@@ -152,9 +155,13 @@ def shard_teacher(model: PreTrainedModel) -> None:
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     for layer in layers_of(model):
         fully_shard(layer, mesh=_mesh())
-    if head.weight is not model.get_input_embeddings().weight:
+    tied = head.weight is model.get_input_embeddings().weight
+    if not tied:
         fully_shard(head, mesh=_mesh())
-    fully_shard(decoder, mesh=_mesh())
+    # The root too gives its weights back: nothing goes back through a teacher.
+    fully_shard(decoder, mesh=_mesh(), reshard_after_forward=True)
+    if tied:
+        head.weight = model.get_input_embeddings().weight
 
 
 def whole(model: HyLoForCausalLM) -> HyLoForCausalLM:

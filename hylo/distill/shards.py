@@ -3,11 +3,14 @@
 They may be read by another number of ranks than wrote them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -23,6 +26,18 @@ def _plain(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
+@contextmanager
+def _as_one_error(folder: Path) -> Iterator[None]:
+    """What a rank could not read or write, as the error that it is."""
+    try:
+        yield
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()), (error,))[0]
+        if isinstance(first, OSError):
+            raise first from None
+        raise OSError(f"{folder}: {' '.join(str(first).split())[:200]}") from None
+
+
 def has_shards(folder: Path) -> bool:
     """Whether a checkpoint was written by several ranks."""
     return (folder / _MODEL).is_dir()
@@ -30,20 +45,23 @@ def has_shards(folder: Path) -> bool:
 
 def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Every rank has to call."""
-    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=str(folder / _MODEL))
-    state = get_optimizer_state_dict(model, _plain(optimizer))
-    dcp.save({"optimizer": state}, checkpoint_id=str(folder / _OPTIMIZER))
+    with _as_one_error(folder):
+        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=str(folder / _MODEL))
+        state = get_optimizer_state_dict(model, _plain(optimizer))
+        dcp.save({"optimizer": state}, checkpoint_id=str(folder / _OPTIMIZER))
 
 
 def load_model_shards(folder: Path, model: nn.Module) -> None:
     """In place. Every rank has to call."""
     state = {"model": get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=str(folder / _MODEL))
+    with _as_one_error(folder):
+        dcp.load(state, checkpoint_id=str(folder / _MODEL))
     set_model_state_dict(model, state["model"])
 
 
 def load_optimizer_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """In place. Every rank has to call."""
     state = {"optimizer": get_optimizer_state_dict(model, _plain(optimizer))}
-    dcp.load(state, checkpoint_id=str(folder / _OPTIMIZER))
+    with _as_one_error(folder):
+        dcp.load(state, checkpoint_id=str(folder / _OPTIMIZER))
     set_optimizer_state_dict(model, _plain(optimizer), state["optimizer"])

@@ -6,13 +6,14 @@ h is a layer's output, a its mixer's output before the residual; norms over the 
 another student layer, so one pass over the mixers of the layout trains each as it would be trained alone.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
+from hylo.distill.offload import activations_on_cpu
 from hylo.distill.teacher import READ
 from hylo.modeling import HyLoForCausalLM
 from hylo.ops.linear_cross_entropy import IGNORED
@@ -47,9 +48,9 @@ class LayerwiseTrainer(Trainer):
     The model's own forward is called, so wrappers for several devices see an ordinary pass.
     """
 
-    def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: PreTrainedModel, offload_activations: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = teacher
+        self.teacher, self.offload_activations = teacher, offload_activations
         # Open from a batch's forward pass to the next one's: gradient checkpointing runs layers again in between.
         self._feeding = ExitStack()
 
@@ -75,9 +76,11 @@ class LayerwiseTrainer(Trainer):
         student = self.accelerator.unwrap_model(model)
         self._feeding.close()
         self._feeding.enter_context(fed_with(student, teacher.inputs))
-        with recorded(student) as trace:
+        offloaded = activations_on_cpu() if self.offload_activations else nullcontext()
+        with recorded(student) as trace, offloaded:
             model(**batch, use_cache=False, logits_to_keep=1)
-        count = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        # A batch of chats may hold none of the assistant's tokens.
+        count = (mask.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         # The count is that of all ranks, and gradients are averaged over them.
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         return ranks * layerwise_loss(trace, teacher, replaced_layers(student), mask, count)

@@ -1,5 +1,6 @@
 """Stage 2: end to end, KL(teacher || student) a token (arXiv 2604.24715), by choice with some cross-entropy added."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from hylo.data.batches import targets
+from hylo.distill.offload import activations_on_cpu
 from hylo.distill.teacher import READ, beginnings, hidden_states
 from hylo.ops.linear_cross_entropy import IGNORED, linear_cross_entropy
 from hylo.ops.linear_kl import fused_linear_kl
@@ -22,7 +24,8 @@ class DistillationTrainer(Trainer):
         teacher: frozen.
         cross_entropy: weight of the cross-entropy of the next token, which is added to the KL.
         teacher_length: tokens of a document that the teacher can read; the student learns those beyond by
-            cross-entropy alone. None for all.
+            cross-entropy alone. None where it reads whole windows.
+        offload_activations: see `activations_on_cpu`.
     """
 
     def __init__(
@@ -31,10 +34,12 @@ class DistillationTrainer(Trainer):
         teacher: PreTrainedModel,
         cross_entropy: float = 0.0,
         teacher_length: int | None = None,
+        offload_activations: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.teacher, self.cross_entropy, self.teacher_length = teacher, cross_entropy, teacher_length
+        self.offload_activations = offload_activations
         self.loss_parts: dict[str, Tensor] = {}
 
     def compute_loss(
@@ -57,7 +62,8 @@ class DistillationTrainer(Trainer):
         final: list[Tensor] = []
         handle = student.model.norm.register_forward_hook(lambda _, __, output: final.append(output))
         try:
-            model(**batch, use_cache=False, logits_to_keep=1)
+            with activations_on_cpu() if self.offload_activations else nullcontext():
+                model(**batch, use_cache=False, logits_to_keep=1)
         finally:
             handle.remove()
         # A batch of chats may hold none of the assistant's tokens.
@@ -72,15 +78,17 @@ class DistillationTrainer(Trainer):
                 counted.flatten() if inside is None else counted[inside],
                 count=count,
             )
-            parts = {"kl": loss.detach()}
+            parts = {"kl": loss.detach(), "cross_entropy": torch.zeros_like(loss)}
             for weight, where in self._cross_entropies(inside):
                 told = expected if where is None else expected.masked_fill(~where, IGNORED)
                 entropy = linear_cross_entropy(hidden, head, told.flatten(), count=count)
-                parts["cross_entropy"] = parts.get("cross_entropy", 0.0) + entropy.detach()
+                parts["cross_entropy"] = parts["cross_entropy"] + entropy.detach()
                 loss = loss + weight * entropy
         # The count is that of all ranks, and gradients are averaged over them.
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        self.loss_parts = {name: part * ranks for name, part in parts.items()} if len(parts) > 1 else {}
+        # The same names in every batch and on every rank, whatever its documents.
+        mixed = self.cross_entropy > 0 or self.teacher_length is not None
+        self.loss_parts = {name: part * ranks for name, part in parts.items()} if mixed else {}
         return loss * ranks
 
     def _cross_entropies(self, inside: Tensor | None) -> list[tuple[float, Tensor | None]]:

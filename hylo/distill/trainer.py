@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from hylo.distill.context import set_context
 from hylo.distill.engine import StageCallback, StageTrainer
 from hylo.distill.flops import device_peak_flops, flops_per_token
 from hylo.distill.guards import Guard
-from hylo.distill.offload import activations_on_cpu, stream_from_cpu
+from hylo.distill.offload import stream_from_cpu
 from hylo.distill.progress import Speed, StageMonitor, read_metrics
 from hylo.distill.recipe import CheckpointsSection, Recipe, StageSection
 from hylo.distill.shards import has_shards
@@ -29,6 +29,7 @@ from hylo.distill.teacher import as_hybrid
 from hylo.errors import HyLoError
 from hylo.modeling import HyLoForCausalLM
 from hylo.progress import console
+from hylo.upcycle.families import FAMILIES
 
 # By transformers' names.
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit"}
@@ -114,9 +115,15 @@ def train_stage(
     if arguments.n_gpu > 1:
         raise HyLoError(
             f"{stage.name}: {arguments.n_gpu} GPUs and one process; start as many by "
-            f"torchrun --nproc-per-node {arguments.n_gpu} -m hylo ..., or set CUDA_VISIBLE_DEVICES to one"
+            f"torchrun --nproc-per-node {arguments.n_gpu} -m hylo upcycle ..., or set CUDA_VISIBLE_DEVICES to one"
         )
     teacher = as_hybrid(teacher)
+    if parallel.world_size() > 1 and not isinstance(teacher, HyLoForCausalLM):
+        # It would be called once for each length of its own documents, by each rank another number of times.
+        raise HyLoError(
+            f"{stage.name}: a teacher of the {teacher.config.model_type!r} family runs on one GPU; "
+            f"expected {', '.join(FAMILIES)}"
+        )
     _place(stage, student, teacher, dtype, arguments.device)
     output.mkdir(parents=True, exist_ok=True)
     peak = device_peak_flops(arguments.device, dtype)
@@ -139,6 +146,7 @@ def train_stage(
             "data_collator": collate,
             "callbacks": [callback := StageCallback(monitor, request, section), *reports],
             "teacher": teacher,
+            "offload_activations": "activations" in stage.offload,
             "monitor": monitor,
             "checkpoints": carrying.checkpoints,
         }
@@ -147,17 +155,16 @@ def train_stage(
             trainer = _Layerwise(**options)
         else:
             length = stage.teacher_length or teacher.config.max_position_embeddings
-            trainer = _Distillation(cross_entropy=stage.cross_entropy, teacher_length=length, **options)
+            options["teacher_length"] = length if length < stage.length else None
+            trainer = _Distillation(cross_entropy=stage.cross_entropy, **options)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        offloaded = activations_on_cpu() if "activations" in stage.offload else nullcontext()
         try:
             if resume is not None and resume.step >= stage.steps:
                 # Stopped between its last step and its end: there is no step to make.
                 trainer._load_from_checkpoint(str(resume.folder))
             else:
-                with offloaded:
-                    trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+                trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
         finally:
             monitor.close()
     student.model.stream_dtype = None
@@ -182,6 +189,9 @@ def _place(
     """Puts both models where they train, and tells the student how to spare memory."""
     teacher.requires_grad_(False).eval()
     if parallel.world_size() > 1:
+        if "teacher" in stage.offload:
+            line = f"{stage.name}: the teacher is sharded over {parallel.world_size()} ranks, and not offloaded"
+            console.print(line, style="dim", highlight=False, markup=False)
         parallel.shard_teacher(teacher)
         parallel.shard(student)
     elif "teacher" in stage.offload and device.type == "cuda":

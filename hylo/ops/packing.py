@@ -30,6 +30,9 @@ _last_read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
 def offsets_of(cu_seqlens: Tensor) -> list[int]:
     """The offsets as numbers. Read once for all layers of a model: reading from a GPU waits for all it has to do."""
     global _last_read
+    if cu_seqlens.is_inference():
+        # It counts no versions, so nothing would tell that it changed.
+        return cu_seqlens.tolist()
     if _last_read is None or _last_read[0]() is not cu_seqlens or _last_read[1] != cu_seqlens._version:
         _last_read = weakref.ref(cu_seqlens), cu_seqlens._version, cu_seqlens.tolist()
     return _last_read[2]
@@ -48,12 +51,15 @@ def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
     global _last_starts
     if (
         _last_starts is None
+        or cu_seqlens.is_inference()
         or _last_starts[0]() is not cu_seqlens
         or _last_starts[1] != cu_seqlens._version
         or len(_last_starts[2]) != length
     ):
         begins = cu_seqlens[:-1].to(torch.int32)
         starts = torch.repeat_interleave(begins, cu_seqlens.diff(), output_size=length)
+        if cu_seqlens.is_inference():
+            return starts
         _last_starts = weakref.ref(cu_seqlens), cu_seqlens._version, starts
     return _last_starts[2]
 

@@ -54,6 +54,7 @@ def training_memory(training: Training, stage: StageSection) -> dict[str, int]:
         "activations": max(_activations(training, stage), _teacher_pass(training, stage)),
         "teacher": _teacher(training, stage),
         "loss": _loss(training, stage),
+        "gathered": _gathered(training, stage),
     }
 
 
@@ -133,7 +134,7 @@ def _teacher(training: Training, stage: StageSection) -> int:
     hidden = _rows(stage) * teacher.config.hidden_size
     if stage.objective == "kl":
         weights = _share(teacher.parameters * training.compute_size, training.gpus)
-        if "teacher" in stage.offload:
+        if "teacher" in stage.offload and training.gpus == 1:
             # Its head stays, and one layer at a time comes.
             layer = (teacher.parameters - 2 * teacher.head_parameters) // len(teacher.layers)
             weights = (teacher.head_parameters + layer) * training.compute_size
@@ -157,7 +158,22 @@ def _loss(training: Training, stage: StageSection) -> int:
     # choice, makes both once more.
     head = training.student.head_parameters * (training.compute_size + _MASTER)
     made = head + hidden * training.compute_size
-    return logits + made + (made if stage.cross_entropy else 0)
+    beyond = stage.length > (stage.teacher_length or training.teacher.config.max_position_embeddings)
+    return logits + made + (made if stage.cross_entropy or beyond else 0)
+
+
+def _gathered(training: Training, stage: StageSection) -> int:
+    """What every rank holds whole for a while: the student's embedding and head with their gradients, two of its
+    layers, and the head of the teacher or two of its layers."""
+    if training.gpus == 1:
+        return 0
+    student, teacher = training.student, _teacher_of(training, stage)
+    ends = student.head_parameters * (1 if student.config.tie_word_embeddings else 2)
+    trained = 2 * _MASTER if stage.train == "all" else _MASTER
+    own = ends * trained + 2 * (student.parameters - ends) // len(student.layers) * _MASTER
+    size = training.compute_size if stage.objective == "kl" else _MASTER
+    read = max(teacher.head_parameters, 2 * (teacher.parameters // len(teacher.layers))) * size
+    return own + read
 
 
 def fits(training: Training, stage: StageSection) -> bool:

@@ -161,3 +161,18 @@ def test_both_parts_are_logged(
         assert log["loss"] == pytest.approx(log["kl"] + 0.5 * log["cross_entropy"], rel=1e-5)
         # Random weights: no better than chance over 300 words.
         assert log["cross_entropy"] > 4
+
+
+def test_parts_are_logged_of_every_step_whatever_its_documents(
+    student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """Some windows here hold a document longer than 10 tokens, others do not; they are summed over steps and ranks."""
+    stage = StageSection(**STAGE | {"teacher_length": 10, "tokens": 16 * 40, "batch_size": 1})
+    logs = train_stage(stage, student, teacher, random_packed(40, 16), tmp_path, dtype=torch.float32, seed=0)
+    assert all(log["loss"] == pytest.approx(log["kl"] + log["cross_entropy"], rel=1e-5) for log in logs)
+    assert any(log["cross_entropy"] == 0 for log in logs)
+    assert any(log["cross_entropy"] > 0 for log in logs)
+    # A teacher that reads whole windows makes one part.
+    whole = StageSection(**STAGE | {"teacher_length": 16, "tokens": 16 * 4})
+    logs = train_stage(whole, student, teacher, random_packed(4, 16), tmp_path / "b", dtype=torch.float32, seed=0)
+    assert all("kl" not in log for log in logs)

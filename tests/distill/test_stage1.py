@@ -174,3 +174,14 @@ def test_a_loss_that_is_not_finite_stops_the_stage(
 ) -> None:
     with pytest.raises(HyLoError, match=r"stage1: .*nan.*learning_rate"):
         run(student, teacher, tmp_path, learning_rate=1e30, tokens=16 * 2 * 6)
+
+
+def test_a_batch_without_tokens_that_count_is_no_loss(
+    student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """As where a long chat's part holds none of the assistant's tokens."""
+    batch = collated(1, 16)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for count in (None, torch.tensor(0)):
+        loss = make_trainer(student, teacher, tmp_path).compute_loss(student, batch, num_items_in_batch=count)
+        assert loss == 0

@@ -13,7 +13,7 @@ from hylo.ops.attention import packed_attention
 from hylo.ops.gated_delta_rule import gated_delta_net
 from hylo.ops.gated_linear_attention import gated_linear_attention
 from hylo.ops.kimi_delta_rule import kimi_delta_attention
-from hylo.ops.packing import document_offsets, each_document, offsets_of, spans
+from hylo.ops.packing import document_offsets, document_starts, each_document, offsets_of, spans
 from hylo.ops.short_convolution import short_convolution
 
 HEADS, KEY, VALUE = 2, 6, 5
@@ -137,3 +137,20 @@ def test_offsets_are_read_anew_where_they_changed() -> None:
     offsets[1] = 4
     assert offsets_of(offsets) == [0, 4, 8]
     assert offsets_of(torch.tensor([0, 8])) == [0, 8]
+
+
+def test_offsets_without_a_version_are_read_each_time() -> None:
+    with torch.inference_mode():
+        offsets = torch.tensor([0, 3, 8], dtype=torch.int32)
+        assert offsets_of(offsets) == [0, 3, 8]
+        assert document_starts(offsets, 8).tolist() == [0] * 3 + [3] * 5
+        offsets[1] = 4
+        assert offsets_of(offsets) == [0, 4, 8]
+        assert document_starts(offsets, 8).tolist() == [0] * 4 + [4] * 4
+
+
+def test_starts_of_documents() -> None:
+    offsets = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    assert document_starts(offsets, 5).tolist() == [0, 0, 2, 2, 2]
+    offsets[1] = 1
+    assert document_starts(offsets, 5).tolist() == [0, 1, 2, 2, 2]

@@ -31,7 +31,7 @@ def test_is_that_of_transformers_to_the_bit(dtype: torch.dtype) -> None:
         ours.load_state_dict(theirs.state_dict())
     x, residual = torch.randn(2, 3, 7, 16).to(dtype)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
-    normed, total = ours.of_sum(x, residual)
+    normed, total = ours(x, residual=residual)
     assert torch.equal(total, residual + x)
     assert torch.equal(normed, ours(total))
 

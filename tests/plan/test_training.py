@@ -83,6 +83,12 @@ def test_sharding_divides_what_does_not_depend_on_text() -> None:
         assert eight[part] == -(-one[part] // 8)
     assert one["teacher"] - eight["teacher"] == training.teacher.parameters * 2 * 7 // 8
     assert (one["activations"], one["loss"]) == (eight["activations"], eight["loss"])
+    # Embedding and head of the student with their gradient, a head of the teacher, and two layers.
+    assert one["gathered"] == 0
+    assert eight["gathered"] > 128256 * 2048 * 8 + 128256 * 4096 * 2
+    offloaded = changed(recipe.stages[1], offload=["teacher"])
+    eight_offloaded = training_memory(replace(training, gpus=8), offloaded)
+    assert eight_offloaded["teacher"] == eight["teacher"]
 
 
 def test_remedies_make_it_fit() -> None:
