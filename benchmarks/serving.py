@@ -1,0 +1,321 @@
+"""Serving on vLLM, on a GPU: is it right, and does it hold its bars? Weights are random, of the published geometries.
+
+python benchmarks/serving.py check --modes eager,graphs --name serving-check-h100
+python benchmarks/serving.py bars --base 3b --contexts 8K,64K,256K --load 64K,4K --name serving-3b-h100
+python benchmarks/serving.py bars --base 1b --contexts 2M --roles model --load 0 --name serving-1b-h100
+
+`check` compares each token's log-probability with HyLoForCausalLM's, every mixer and geometry, prompts of mixed lengths
+read in pieces. `bars` measures the hybrid and the dense base of its size by `hylo bench`; a second call with the same
+--name adds to its result. Both end with a table and exit with 1 where something does not hold.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import LAYOUTS, RESULTS, base_config, circumstances, write_result
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from hylo import HyLoConfig, HyLoForCausalLM
+from hylo.evaluate.report import installed_version
+from hylo.ops.kernels import kernels
+from hylo.plan.quantities import parse_contexts
+from hylo.serve.bench.measure import Plan
+from hylo.serve.bench.run import bench
+from hylo.upcycle.families import hybrid_config
+from hylo.upcycle.layout import parse_layout
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of a token's log-probability in bfloat16, where both round otherwise.
+TOLERANCE = 0.02
+# One token, prompts within a step, and prompts of several: vLLM reads 2,048 tokens a step here.
+LENGTHS, NEW_TOKENS, STEP_TOKENS = [1, 5, 64, 700, 3000, 5000], 16, 2048
+# Sizes of a small model whose heads the kernels take.
+SMALL: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MLA_32 = {"kv_lora_rank": 128, "q_lora_rank": 384, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
+MLA_64 = {"kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128}
+GDN = {"num_heads": 8, "head_k_dim": 64, "head_v_dim": 64}
+MAMBA2 = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+# Mixers of four layers, their geometries, and what else the config says.
+CASES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any]]] = {
+    "attention": (["attention"] * 2, {}, {"attention_bias": True, "qk_norm": True}),
+    "window": (["attention"] * 2, {}, {"sliding_window": 256, "sliding_layers": [1]}),
+    "mla (32, 32, 64)": (["mla"] * 2, {"mla": MLA_32}, {}),
+    "mla (64, 64, 128)": (["mla"] * 2, {"mla": MLA_64}, {}),
+    "mla of pairs, biases": (["mla"] * 2, {"mla": MLA_32 | {"rope_pairs": list(range(16))}}, {"attention_bias": True}),
+    "mla with key norm": (["mla"] * 2, {"mla": MLA_64 | {"key_norm": True}}, {"qk_norm": True}),
+    "gdn of 64": (["gdn"] * 2, {"gdn": GDN}, {}),
+    "gdn of 256/512": (["gdn"] * 2, {"gdn": {"num_heads": 6, "head_k_dim": 256, "head_v_dim": 512}}, {}),
+    "kda": (["kda"] * 2, {"kda": GDN | {"gate_rank": 64}}, {}),
+    "mamba2": (["mamba2"] * 2, {"mamba2": MAMBA2}, {}),
+    "mla and gdn": (["gdn", "mla", "gdn", "gdn"], {"mla": MLA_32, "gdn": GDN}, {}),
+    "all": (
+        ["gdn", "mla", "attention", "mamba2", "kda"],
+        {"mla": MLA_32, "gdn": GDN, "mamba2": MAMBA2, "kda": GDN | {"gate_rank": 64}},
+        {},
+    ),
+}
+
+
+def small_config(case: str) -> HyLoConfig:
+    mixers, geometry, rest = CASES[case]
+    return HyLoConfig(
+        **SMALL, **rest, num_hidden_layers=len(mixers), token_mixers=mixers, mixer_geometry=geometry, dtype="bfloat16"
+    )
+
+
+def published_config(base: str, geometry: Any = "paper", layers: int | None = None) -> HyLoConfig:
+    """The hybrid of a base; `layers` keeps only the first so many, for a quick check of its geometry."""
+    dense = base_config(base)
+    config = hybrid_config(dense, parse_layout(LAYOUTS[base], dense.num_hidden_layers), geometry, base)
+    if layers is not None:
+        values = config.to_dict() | {"num_hidden_layers": layers, "token_mixers": config.token_mixers[:layers]}
+        values.pop("layer_types", None)
+        config = HyLoConfig(**values)
+    return config
+
+
+def random_model(config: Any) -> PreTrainedModel:
+    """In bfloat16. Weights large enough for words to differ in likelihood; every gate, decay and bias at work."""
+    torch.manual_seed(0)
+    kind = HyLoForCausalLM if isinstance(config, HyLoConfig) else LlamaForCausalLM
+    with torch.device(DEVICE):
+        model = kind._from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias") or "conv1d" in name:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def save(config: Any, folder: Path) -> Path:
+    """A checkpoint of random weights."""
+    model = random_model(config)
+    model.save_pretrained(folder)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return folder
+
+
+def prompts(vocabulary: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def answer(folders: dict[str, str], eager: bool, output: Path) -> None:
+    """In a process of its own: vLLM's greedy tokens and their log-probabilities, model after model."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from hylo.serve.plugin import register
+
+    register()
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=1, ignore_eos=True, detokenize=False)
+    found: dict[str, Any] = {}
+    for name, folder in folders.items():
+        llm = None
+        try:
+            llm = LLM(
+                folder,
+                skip_tokenizer_init=True,
+                enforce_eager=eager,
+                max_model_len=max(LENGTHS) + NEW_TOKENS,
+                max_num_seqs=8,
+                max_num_batched_tokens=STEP_TOKENS,
+                gpu_memory_utilization=0.5,
+            )
+            vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+            asked = [{"prompt_token_ids": ids} for ids in prompts(vocabulary)]
+            found[name] = [
+                [(token, step[token].logprob) for token, step in zip(o.token_ids, o.logprobs, strict=True)]
+                for o in (request.outputs[0] for request in llm.generate(asked, sampling, use_tqdm=False))
+            ]
+            llm.llm_engine.engine_core.shutdown()
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = f"{type(error).__name__}: {error}"
+        output.write_text(json.dumps(found))
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+@torch.no_grad()
+def differences(folder: str, answers: list[list[tuple[int, float]]]) -> dict[str, float]:
+    """Largest differences of log-probabilities: vLLM from the model, and both from the model in float32."""
+    worst = {"from the model": 0.0, "from float32": 0.0, "the model from float32": 0.0, "behind the best": 0.0}
+    models = [
+        HyLoForCausalLM.from_pretrained(folder, dtype=t).to(DEVICE).eval() for t in (torch.bfloat16, torch.float32)
+    ]
+    with kernels("reference"):
+        for ids, answered in zip(prompts(models[0].config.vocab_size), answers, strict=True):
+            tokens = [token for token, _ in answered]
+            given = torch.tensor([logprob for _, logprob in answered], device=DEVICE)
+            whole = torch.tensor([ids + tokens], device=DEVICE)
+            rows = [m(whole, logits_to_keep=len(tokens) + 1).logits[0, :-1].float().log_softmax(-1) for m in models]
+            own, exact = (row.gather(-1, torch.tensor(tokens, device=DEVICE)[:, None])[:, 0] for row in rows)
+            found = {
+                "from the model": given - own,
+                "from float32": given - exact,
+                "the model from float32": own - exact,
+                "behind the best": rows[0].max(-1).values - own,
+            }
+            worst = {key: max(worst[key], value.abs().max().item()) for key, value in found.items()}
+    return {key: round(value, 5) for key, value in worst.items()}
+
+
+def check(arguments: argparse.Namespace) -> bool:
+    result: dict[str, Any] = circumstances() | {"vllm": installed_version("vllm"), "tolerance": TOLERANCE, "cases": {}}
+    with tempfile.TemporaryDirectory(prefix="hylo-serving-") as scratch:
+        configs = {case: small_config(case) for case in CASES}
+        configs |= {f"{base}, 6 layers": published_config(base, layers=6) for base in ("1b", "3b")}
+        chosen = {name: c for name, c in configs.items() if arguments.cases is None or name in arguments.cases}
+        folders = {name: str(save(c, Path(scratch, str(i)))) for i, (name, c) in enumerate(chosen.items())}
+        for mode in arguments.modes.split(","):
+            asked, found = Path(scratch, "asked.json"), Path(scratch, f"{mode}.json")
+            asked.write_text(json.dumps(folders))
+            command = [sys.executable, __file__, "answer", str(asked), mode, str(found)]
+            subprocess.run(command, check=True)
+            for name, answers in json.loads(found.read_text()).items():
+                row = {"failed": answers} if isinstance(answers, str) else differences(folders[name], answers)
+                result["cases"].setdefault(name, {})[mode] = row
+                print(f"{mode:7} {name:24} {row}", flush=True)
+            write_result(arguments.output / f"{arguments.name}.json", result)
+    return all(holds(row) for case in result["cases"].values() for row in case.values())
+
+
+def holds(row: dict[str, Any]) -> bool:
+    """Within the tolerance; or, where bfloat16 itself strays further, no further than twice the model does."""
+    if "failed" in row:
+        return False
+    return row["from the model"] < max(TOLERANCE, 2 * row["the model from float32"])
+
+
+def bars(arguments: argparse.Namespace) -> bool:
+    path = arguments.output / f"{arguments.name}.json"
+    result = json.loads(path.read_text()) if path.is_file() else circumstances() | {"base": arguments.base}
+    load = parse_contexts(arguments.load) if arguments.load != "0" else [1, 4]
+    contexts = parse_contexts(arguments.contexts)
+    geometry = "paper" if arguments.geometry == "paper" else {}
+    configs = {"model": published_config(arguments.base, geometry), "base": base_config(arguments.base)}
+    with tempfile.TemporaryDirectory(prefix="hylo-serving-", dir=arguments.scratch) as scratch:
+        for role in arguments.roles.split(","):
+            plan = Plan(
+                model=str(save(configs[role], Path(scratch, role))),
+                contexts=contexts,
+                answer=arguments.answer,
+                load_context=load[0],
+                load_answer=load[1],
+                load_waves=0 if arguments.load == "0" else arguments.waves,
+                requests=arguments.requests,
+                gpus=arguments.gpus,
+                memory=arguments.memory,
+                eager=arguments.eager,
+                dtype="bfloat16",
+            )
+            found = bench(plan, None, Path(scratch, f"{role}-bench"))["model"]
+            found["plan"]["model"] = f"{arguments.base} {'hybrid' if role == 'model' else 'dense'}, random weights"
+            merge(result.setdefault("measured", {}).setdefault(role, {}), found)
+            write_result(path, result)
+            print(role, json.dumps(found), flush=True)
+    rows = verdicts(result["measured"])
+    for name, value, bar, kept in rows:
+        print(f"{'holds' if kept else 'MISSED':7} {name:44} {value:10.3f}   bar {bar}")
+    result["bars"] = [dict(zip(("name", "value", "bar", "holds"), row, strict=True)) for row in rows]
+    write_result(path, result)
+    return all(row[3] for row in rows)
+
+
+def merge(held: dict[str, Any], found: dict[str, Any]) -> None:
+    """Adds what was measured to what is held; contexts by their lengths, the larger cache."""
+    contexts = {row["context"]: row for row in [*held.get("contexts", []), *found["contexts"]]}
+    tokens = max(held.get("cache_tokens", 0), found["cache_tokens"])
+    load = found.get("load", held.get("load"))
+    held |= found | {"contexts": [contexts[length] for length in sorted(contexts)], "cache_tokens": tokens}
+    if load is not None:
+        held["load"] = load
+
+
+def verdicts(measured: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """Each bar whose numbers are there: its name, the value, the bar, whether it holds."""
+    ours = {row["context"]: row for row in measured.get("model", {}).get("contexts", []) if "failed" not in row}
+    theirs = {row["context"]: row for row in measured.get("base", {}).get("contexts", []) if "failed" not in row}
+    rows: list[tuple[str, float, str, bool]] = []
+
+    def at_most(name: str, value: float, bar: float) -> None:
+        rows.append((name, value, f"≤ {bar}", value <= bar))
+
+    def at_least(name: str, value: float, bar: float) -> None:
+        rows.append((name, value, f"≥ {bar}", value >= bar))
+
+    short, long, longest, quarter = 2**13, 2**16, 2**21, 2**18
+    if "model" in measured and "base" in measured:
+        at_least(
+            "cache tokens, times the base's", measured["model"]["cache_tokens"] / measured["base"]["cache_tokens"], 40
+        )
+    if short in ours and long in ours:
+        at_most("TPOT at 64K, times that at 8K", ours[long]["tpot_ms"] / ours[short]["tpot_ms"], 1.1)
+    if short in ours and longest in ours:
+        at_most("TPOT at 2M, times that at 8K", ours[longest]["tpot_ms"] / ours[short]["tpot_ms"], 3)
+    if quarter in ours and quarter in theirs:
+        at_most("TTFT at 256K, times the base's", ours[quarter]["ttft_s"] / theirs[quarter]["ttft_s"], 0.5)
+    loads = [measured.get(role, {}).get("load", {}).get("output_tokens_per_s") for role in ("model", "base")]
+    if all(loads):
+        at_least("tokens/s under load, times the base's", loads[0] / loads[1], 5)
+    return rows
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["answer"]:
+        asked, mode, found = sys.argv[2:]
+        answer(json.loads(Path(asked).read_text()), mode == "eager", Path(found))
+        sys.stdout.flush()
+        # vLLM's threads need not be waited for.
+        os._exit(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    right = commands.add_parser("check", help="log-probabilities against the model's own")
+    right.add_argument("--modes", default="eager,graphs", help="eager, graphs (CUDA graphs and compilation), or both")
+    right.add_argument("--cases", type=lambda text: text.split(";"), help="by ';'; all by default")
+    fast = commands.add_parser("bars", help="capacity, times and throughput against the dense base")
+    fast.add_argument("--base", choices=sorted(LAYOUTS), default="3b")
+    fast.add_argument("--geometry", choices=("paper", "aligned"), default="paper")
+    fast.add_argument("--roles", default="model,base")
+    fast.add_argument("--contexts", default="8K,64K,256K")
+    fast.add_argument("--answer", type=int, default=64)
+    fast.add_argument("--load", default="64K,4K", help="tokens of prompts and answers; 0 for no load")
+    fast.add_argument("--waves", type=float, default=1.0)
+    fast.add_argument("--requests", type=int, default=64)
+    fast.add_argument("--gpus", type=int, default=1)
+    fast.add_argument("--memory", type=float, default=0.92)
+    fast.add_argument("--eager", action="store_true")
+    fast.add_argument("--scratch", type=Path, help="where weights are written; the system's place by default")
+    for command in (right, fast):
+        command.add_argument("--name", default="serving", help="of the result file")
+        command.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    kept = check(arguments) if arguments.command == "check" else bars(arguments)
+    sys.exit(0 if kept else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The delta rules of Gated DeltaNet and Kimi Delta Attention by the kernels that vLLM carries, of any head sizes.
+
+Keys may have up to 256 values a head. States are `[H, V, K]` float32, in vLLM's slots; slot 0 is padding and is left.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule, fused_sigmoid_gating_delta_rule_update
+from vllm.third_party.flash_linear_attention.ops.kda import chunk_kda_with_fused_gate
+from vllm.triton_utils.allocation import set_triton_allocator
+
+
+def one_prompt(tokens: int, device: torch.device, chunk: int = 64) -> Any:
+    """Metadata as vLLM's of a single prompt that begins, for trying kernels on.
+
+    Args:
+        chunk: tokens of a chunk of Mamba-2's kernels.
+    """
+    ends = [*range(0, tokens, chunk), tokens]
+    made = {
+        "query_start_loc_p": [0, tokens],
+        "state_indices_tensor_p": [1],
+        "cu_chunk_seqlen_p": ends,
+        "last_chunk_indices_p": [len(ends) - 2],
+        "seq_idx_p": [0] * (len(ends) - 1),
+    }
+    tensors = {name: torch.tensor(values, dtype=torch.int32, device=device) for name, values in made.items()}
+    return SimpleNamespace(
+        has_initial_states_p=torch.zeros(1, dtype=torch.bool, device=device), chunk_size=chunk, **tensors
+    )
+
+
+def convolve_one(inputs: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, slots: Tensor) -> Tensor:
+    """The short convolution with SiLU of one token of each request, `[B, C]`; moves `past` on.
+
+    Args:
+        past: `[slots, W - 1, C]`.
+        slots: of each request, `[B]`.
+    """
+    # The kernel writes over its input, which here is part of a larger tensor.
+    return causal_conv1d_update(
+        inputs.contiguous(), past.transpose(1, 2), weight, bias, activation="silu", conv_state_indices=slots
+    )
+
+
+def convolve_many(inputs: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, metadata: Any) -> Tensor:
+    """The same of some tokens of each prompt, `[T, C]`, end to end."""
+    return causal_conv1d_fn(
+        inputs.transpose(0, 1),
+        weight,
+        bias,
+        conv_states=past.transpose(1, 2),
+        query_start_loc=metadata.query_start_loc_p,
+        cache_indices=metadata.state_indices_tensor_p,
+        has_initial_state=metadata.has_initial_states_p,
+        activation="silu",
+        metadata=metadata,
+    ).transpose(0, 1)
+
+
+def initial_states(state: Tensor, metadata: Any) -> Tensor:
+    """Of each prompt, zeros where it begins, `[N, H, V, K]`."""
+    held = state[metadata.state_indices_tensor_p]
+    return torch.where(metadata.has_initial_states_p[:, None, None, None], held, 0)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decays: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """One token of each request, `[B, H, K or V]`; moves `state` on.
+
+    Args:
+        decays: `[B, H]`, or `[B, H, K]` for one a key channel.
+        b: `[B, H]`, before the sigmoid.
+
+    Returns:
+        `[B, H, V]`.
+    """
+    out, _ = fused_sigmoid_gating_delta_rule_update(
+        A_log=A_log,
+        a=decays[:, None],
+        b=b[:, None],
+        dt_bias=dt_bias,
+        q=q[:, None],
+        k=k[:, None],
+        v=v[:, None],
+        initial_state=state,
+        inplace_final_state=True,
+        ssm_state_indices=slots,
+        use_qk_l2norm_in_kernel=True,
+        is_kda=decays.dim() == 3,
+    )
+    return out[:, 0]
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decays: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    metadata: Any,
+) -> Tensor:
+    """Some tokens of each prompt, `[T, H, K or V]`, end to end; leaves in `state` what follows the last of each."""
+    # Some of the kernels take scratch memory, which shall be torch's.
+    set_triton_allocator(q.device)
+    beta = b.float().sigmoid()[None]
+    common: dict[str, Any] = {
+        "q": q[None],
+        "k": k[None],
+        "v": v[None],
+        "beta": beta,
+        "initial_state": initial_states(state, metadata),
+        "output_final_state": True,
+        "use_qk_l2norm_in_kernel": True,
+        "cu_seqlens": metadata.query_start_loc_p,
+    }
+    if decays.dim() == 3:
+        out, last = chunk_kda_with_fused_gate(raw_g=decays[None], A_log=A_log, g_bias=dt_bias, **common)
+    else:
+        g = -A_log.exp() * functional.softplus(decays.float() + dt_bias)
+        out, last = chunk_gated_delta_rule(g=g[None], **common)
+    state[metadata.state_indices_tensor_p] = last.to(state.dtype)
+    return out[0]
