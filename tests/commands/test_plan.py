@@ -94,6 +94,7 @@ def test_a_recipe(run: Run) -> None:
         "activations",
         "teacher",
         "loss",
+        "gathered",
     }
     assert all(stage["fits"] for stage in training["stages"])
     # Its own base and teacher, where none is given; and another layout in place of its own.
