@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Values that a program holds of each matrix, and programs of the backward pass on a multiprocessor.
-_TILE, _PROGRAMS = 4096, 8
+_TILE, _PROGRAMS = 4096, 4
 
 
 @triton.jit
@@ -73,7 +73,8 @@ def _backward(  # type: ignore[no-untyped-def]
     place, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     at = place[:, None] * columns + column[None, :]
     factor = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
-    sums = tl.zeros([BLOCK], tl.float32)
+    # Summed over rows at the end: a sum across threads at each step costs more than it saves in registers.
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + place
         inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -81,20 +82,20 @@ def _backward(  # type: ignore[no-untyped-def]
         inverse = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
         unit = tl.load(total + offset + at, mask=inside, other=0.0).to(tl.float32) * inverse
         given = tl.load(upstream + offset + at, mask=inside, other=0.0).to(tl.float32)
-        sums += tl.sum(given * unit, 0)
+        sums += given * unit
         weighted = given * factor[None, :]
         along = tl.sum(weighted * unit, 1) / columns
         result = (weighted - unit * along[:, None]) * inverse
         if ADD:
             result += tl.load(kept_upstream + offset + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(gradient + offset + at, result.to(gradient.dtype.element_ty), mask=inside)
-    tl.store(weight_gradients + tl.program_id(0) * columns + column, sums, mask=column < columns)
+    tl.store(weight_gradients + tl.program_id(0) * columns + column, tl.sum(sums, 0), mask=column < columns)
 
 
 def _shape(columns: int) -> dict[str, int]:
     block = triton.next_power_of_2(columns)
     rows = max(1, _TILE // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(32, max(4, rows * block // 512))}
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(32, max(4, rows * block // 1024))}
 
 
 class _Norm(torch.autograd.Function):

@@ -7,6 +7,8 @@ from torch.nn import functional
 from hylo.ops.kernels import fuses, use_fla
 from hylo.ops.packing import document_starts, each_document
 
+_MOST_FUSED_TAPS = 4
+
 
 def short_convolution(
     x: Tensor,
@@ -30,7 +32,7 @@ def short_convolution(
     """
     if past is not None and cu_seqlens is not None:
         raise ValueError("expected past inputs or packed documents, not both")
-    if past is None and fuses(x, "triton"):
+    if past is None and weight.shape[1] <= _MOST_FUSED_TAPS and fuses(x, "triton"):
         from hylo.ops import short_convolution_triton
 
         starts = None if cu_seqlens is None else document_starts(cu_seqlens, x.shape[1])

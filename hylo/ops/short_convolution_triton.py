@@ -13,8 +13,10 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Tokens and channels that a program holds; how often one that sums the taps' gradients does.
-_TOKENS, _CHANNELS, _STEPS = 16, 64, 8
+# Tokens and channels that a program holds, and in how many steps one goes on that sums the taps' gradients.
+_FORWARD = {"TOKENS": 16, "CHANNELS": 64, "num_warps": 2}
+_TAPS = {"TOKENS": 8, "CHANNELS": 64, "STEPS": 8, "num_warps": 2}
+_INPUT = {"TOKENS": 16, "CHANNELS": 64, "num_warps": 2}
 
 
 @triton.jit
@@ -87,7 +89,6 @@ def _backward_taps(  # type: ignore[no-untyped-def]
     channels,
     stride,
     WIDTH: tl.constexpr,
-    TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -97,9 +98,12 @@ def _backward_taps(  # type: ignore[no-untyped-def]
     """The gradient of the convolution, and this program's share of those of taps and bias."""
     place, lane = tl.arange(0, TOKENS), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     within = lane < channels
-    taps = tl.arange(0, TAPS)
-    tap_sums = tl.zeros([TAPS, CHANNELS], tl.float32)
-    bias_sums = tl.zeros([CHANNELS], tl.float32)
+    # Summed over tokens at the end: a sum across threads at each step would cost more than all else.
+    first_tap = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    second_tap = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    third_tap = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    fourth_tap = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    bias_sums = tl.zeros([TOKENS, CHANNELS], tl.float32)
     for step in range(STEPS):
         first = (tl.program_id(0) * STEPS + step) * TOKENS
         there = (first + place < tokens)[:, None] & within[None, :]
@@ -116,13 +120,30 @@ def _backward_taps(  # type: ignore[no-untyped-def]
             past = place - (WIDTH - 1 - tap)
             seen = there & (past >= start)[:, None]
             value = tl.load(begin + past[:, None] * stride + lane[None, :], mask=seen, other=0.0).to(tl.float32)
-            tap_sums += tl.where(taps[:, None] == tap, tl.sum(gradient * value, 0)[None, :], 0.0)
-        bias_sums += tl.sum(gradient, 0)
+            if tap == 0:
+                first_tap += gradient * value
+            elif tap == 1:
+                second_tap += gradient * value
+            elif tap == 2:
+                third_tap += gradient * value
+            else:
+                fourth_tap += gradient * value
+        if HAS_BIAS:
+            bias_sums += gradient
     share = tl.program_id(0).to(tl.int64) * channels
-    at = lane[None, :] * WIDTH + taps[:, None]
-    tl.store(tap_gradients + share * WIDTH + at, tap_sums, mask=within[None, :] & (taps < WIDTH)[:, None])
+    tap_gradients += share * WIDTH
+    for tap in tl.static_range(WIDTH):
+        if tap == 0:
+            summed = tl.sum(first_tap, 0)
+        elif tap == 1:
+            summed = tl.sum(second_tap, 0)
+        elif tap == 2:
+            summed = tl.sum(third_tap, 0)
+        else:
+            summed = tl.sum(fourth_tap, 0)
+        tl.store(tap_gradients + lane * WIDTH + tap, summed, mask=within)
     if HAS_BIAS:
-        tl.store(bias_gradients + share + lane, bias_sums, mask=within)
+        tl.store(bias_gradients + share + lane, tl.sum(bias_sums, 0), mask=within)
 
 
 @triton.jit
@@ -164,17 +185,20 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and one_distance else x.contiguous()
 
 
+def _grid(x: Tensor, tile: dict[str, int]) -> tuple[int, int]:
+    tokens = tile["TOKENS"] * tile.get("STEPS", 1)
+    return triton.cdiv(x.shape[0] * x.shape[1], tokens), triton.cdiv(x.shape[2], tile["CHANNELS"])
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None) -> Tensor:
         x, weight = _rows(x), weight.contiguous()
         batch, length, channels = x.shape
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        grid = (triton.cdiv(batch * length, _TOKENS), triton.cdiv(channels, _CHANNELS))
         sizes: dict[str, Any] = {"WIDTH": weight.shape[1], "PACKED": starts is not None}
-        sizes |= {"TOKENS": _TOKENS, "CHANNELS": _CHANNELS, "num_warps": 4}
         with torch.cuda.device_of(x):
-            _forward[grid](
+            _forward[_grid(x, _FORWARD)](
                 x,
                 weight,
                 bias,
@@ -186,9 +210,10 @@ class _Convolution(torch.autograd.Function):
                 x.stride(1),
                 HAS_BIAS=bias is not None,
                 **sizes,
+                **_FORWARD,
             )
         ctx.save_for_backward(x, weight, bias, starts)
-        ctx.grid, ctx.sizes = grid, sizes
+        ctx.sizes = sizes
         return y
 
     @staticmethod
@@ -198,11 +223,11 @@ class _Convolution(torch.autograd.Function):
         batch, length, channels = x.shape
         upstream = upstream.contiguous()
         inner, gradient = torch.empty_like(upstream), torch.empty_like(upstream)
-        programs = triton.cdiv(ctx.grid[0], _STEPS)
-        taps = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
-        biases = taps.new_empty(programs, channels) if bias is not None else None
+        grid = _grid(x, _TAPS)
+        taps = torch.empty(grid[0], *weight.shape, dtype=torch.float32, device=x.device)
+        biases = taps.new_empty(grid[0], channels) if bias is not None else None
         with torch.cuda.device_of(x):
-            _backward_taps[(programs, ctx.grid[1])](
+            _backward_taps[grid](
                 x,
                 weight,
                 bias,
@@ -216,11 +241,12 @@ class _Convolution(torch.autograd.Function):
                 channels,
                 x.stride(1),
                 HAS_BIAS=bias is not None,
-                TAPS=triton.next_power_of_2(weight.shape[1]),
-                STEPS=_STEPS,
                 **ctx.sizes,
+                **_TAPS,
             )
-            _backward_input[ctx.grid](inner, weight, starts, gradient, batch * length, length, channels, **ctx.sizes)
+            _backward_input[_grid(x, _INPUT)](
+                inner, weight, starts, gradient, batch * length, length, channels, **ctx.sizes, **_INPUT
+            )
         bias_gradient = biases.sum(0).to(bias.dtype) if biases is not None else None
         return gradient, taps.sum(0).to(weight.dtype), bias_gradient, None
 
@@ -229,6 +255,7 @@ def short_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Te
     """As `hylo.ops.short_convolution.short_convolution`, without a past.
 
     Args:
+        weight: `[C, W]`, W at most 4.
         starts: `[T]` int32, where the document of each token begins; None for one document a row.
     """
     return _Convolution.apply(x, weight, bias, starts)
