@@ -1,7 +1,7 @@
 """Perplexity, KL(teacher || student) and top-1 agreement on text, from hidden states, a chunk at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
@@ -65,7 +65,6 @@ def make_reference(teacher: PreTrainedModel, batches: Sequence[dict[str, Tensor]
     return Reference(hidden, teacher.get_output_embeddings().weight)
 
 
-@torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
     batches: Sequence[dict[str, Tensor]],
@@ -77,28 +76,45 @@ def evaluate(
 
     Raises HyLoError where model and teacher differ in vocabulary, or a score is not finite.
     """
-    head = model.get_output_embeddings().weight
+    hidden = (final_hidden(model, batch) for batch in batches)
+    total = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    with bar(description, total, "tokens") as shown:
+
+        def passing() -> Iterable[Tensor]:
+            for states, batch in zip(hidden, batches, strict=True):
+                yield states
+                shown.advance(int(batch["attention_mask"].sum()))
+
+        return score(passing(), model.get_output_embeddings().weight, batches, reference, description)
+
+
+@torch.no_grad()
+def score(
+    hidden: Iterable[Tensor],
+    head: Tensor,
+    batches: Sequence[dict[str, Tensor]],
+    reference: Reference | None = None,
+    description: str = "evaluate",
+) -> Scores:
+    """Scores final hidden states `[B, T, D]`, one for each batch, that meet a head `[V, D]`. Raises as `evaluate`."""
     if reference is not None and reference.head.shape[0] != head.shape[0]:
         raise HyLoError(f"model and teacher differ in vocabulary: {head.shape[0]} and {reference.head.shape[0]} words")
     sums = torch.zeros(4, dtype=torch.float64)
-    total = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    with bar(description, total, "tokens") as shown:
-        for i, batch in enumerate(batches):
-            mask = batch["attention_mask"].bool()
-            predicts = (mask[:, :-1] & mask[:, 1:]).to(model.device)
-            hidden = final_hidden(model, batch)[:, :-1][predicts]
-            targets = batch["input_ids"].to(model.device)[:, 1:][predicts]
-            teacher = reference.hidden[i][:, :-1][predicts] if reference is not None else None
-            for start in range(0, len(targets), _CHUNK_TOKENS):
-                rows = slice(start, start + _CHUNK_TOKENS)
-                sums += _chunk_sums(
-                    hidden[rows],
-                    head,
-                    targets[rows],
-                    teacher[rows] if teacher is not None else None,
-                    reference.head if reference is not None else None,
-                )
-            shown.advance(int(mask.sum()))
+    for i, (states, batch) in enumerate(zip(hidden, batches, strict=True)):
+        mask = batch["attention_mask"].bool().to(states.device)
+        predicts = mask[:, :-1] & mask[:, 1:]
+        predicting = states[:, :-1][predicts]
+        targets = batch["input_ids"].to(states.device)[:, 1:][predicts]
+        teacher = reference.hidden[i][:, :-1][predicts] if reference is not None else None
+        for start in range(0, len(targets), _CHUNK_TOKENS):
+            rows = slice(start, start + _CHUNK_TOKENS)
+            sums += _chunk_sums(
+                predicting[rows],
+                head,
+                targets[rows],
+                teacher[rows] if teacher is not None else None,
+                reference.head if reference is not None else None,
+            )
     entropy, kl, agreement, count = sums.tolist()
     if not count or not math.isfinite(entropy + kl):
         raise HyLoError(f"the scores of {description!r} are not finite" if count else "no tokens to score")
