@@ -310,7 +310,7 @@ def kernel_shapes(x: Inputs, measure: Measure, repeats: int) -> list[dict[str, A
     shown = []
     for block, warps, stages in (
         (2048, 8, 3), (4096, 8, 3), (4096, 16, 1), (4096, 16, 2), (4096, 16, 3), (4096, 16, 4), (8192, 16, 2),
-        (8192, 16, 3), (8192, 32, 2), (8192, 32, 3), (16384, 32, 2),
+        (8192, 16, 3), (8192, 16, 4), (8192, 32, 2), (8192, 32, 3), (8192, 32, 5), (16384, 32, 2), (16384, 32, 3),
     ):  # fmt: skip
         linear_kl_triton.BLOCK, linear_kl_triton.WARPS, linear_kl_triton.STAGES = block, warps, stages
         row: dict[str, Any] = {"block": block, "warps": warps, "stages": stages}

@@ -58,7 +58,7 @@ def plan(
     from hylo.plan.source import read_config
     from hylo.upcycle.geometry import parse_geometry
 
-    contexts = parse_contexts(context)
+    contexts, pace = parse_contexts(context), Pace(gpu, mfu)
     serving = Serving(
         batch, gpus, parse_gpu_memory(gpu_memory) if gpu_memory else None, prefill_chunk, _ELEMENT_SIZES[dtype]
     )
@@ -76,7 +76,7 @@ def plan(
     if spec is not None and spec.stages:
         guide = teacher or spec.teacher
         taught_by = plan_dense(read_config(guide), guide) if guide is not None else dense
-        report["training"] = training_report(spec, hybrid, dense, taught_by, serving, Pace(gpu, mfu))
+        report["training"] = training_report(spec, hybrid, dense, taught_by, serving, pace)
     if as_json:
         out.print(json.dumps(report), soft_wrap=True, highlight=False, markup=False)
     else:

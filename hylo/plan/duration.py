@@ -20,17 +20,22 @@ class Pace:
     Attributes:
         gpu: its name, such as H100, A100 or L40S.
         mfu: the share of its dense bfloat16 peak that model FLOPs take; docs/training.md says what was measured.
+
+    Raises HyLoError where its peak is not known.
     """
 
     gpu: str = "H100"
     mfu: float = 0.3
 
+    def __post_init__(self) -> None:
+        if peak_flops(self.gpu) is None:
+            raise HyLoError(f"the peak of a GPU {self.gpu!r} is not known here; expected a name such as H100 or A100")
+
     @property
     def flops_per_s(self) -> float:
-        """Of one GPU. Raises HyLoError where its peak is not known."""
+        """Of one GPU."""
         peak = peak_flops(self.gpu)
-        if peak is None:
-            raise HyLoError(f"the peak of a GPU {self.gpu!r} is not known here; expected a name such as H100 or A100")
+        assert peak is not None
         return peak * self.mfu
 
 
