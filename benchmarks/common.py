@@ -1,11 +1,14 @@
 """What the benchmarks share: the bases' sizes, and what a result file says of where it was made."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,8 +55,29 @@ def circumstances() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": _command(),
         "gpu": gpu,
+        "cpu": {"name": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": _memory_bytes()},
+        "commit": _commit(),
         "versions": versions,
     }
+
+
+def _cpu_name() -> str:
+    names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _commit() -> str | None:
+    """Of the repository that the benchmark is in, with a plus sign where files differ; None outside of one."""
+    try:
+        run = functools.partial(subprocess.run, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+        changed = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        return run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _command() -> str:

@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=sorted(LAYOUTS), default="1b")
     parser.add_argument("--contexts", type=tokens, default="8K,64K,256K,1M,2M")
-    parser.add_argument("--base-contexts", type=tokens, default="8K,64K,256K")
+    parser.add_argument("--base-contexts", type=tokens, default="8K,64K,256K,1M,2M", help="until memory runs out")
     parser.add_argument("--name", default="long-context", help="of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()

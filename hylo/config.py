@@ -66,8 +66,10 @@ class HyLoConfig(LlamaConfig):
             raise HyLoError(f"{len(self.token_mixers)} token_mixers for {self.num_hidden_layers} layers")
         if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise HyLoError(f"{self.num_attention_heads} heads do not divide over {self.num_key_value_heads} KV heads")
-        if self.sliding_layers and not self.sliding_window:
+        if self.sliding_layers and self.sliding_window is None:
             raise HyLoError(f"sliding_layers {self.sliding_layers} without a sliding_window")
+        if self.sliding_window is not None and self.sliding_window < 2:
+            raise HyLoError(f"sliding_window {self.sliding_window}; expected 2 tokens or more")
         for name in sorted(set(self.token_mixers)):
             self.geometry(name)
 

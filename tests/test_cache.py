@@ -9,6 +9,7 @@ from differentiate import with_gradients
 from tiny import HYBRIDS, random_hybrid, random_ids
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from hylo import HyLoForCausalLM
@@ -49,6 +50,37 @@ def test_prefill_in_chunks_changes_no_token(model: HyLoForCausalLM, chunk: int) 
     assert torch.equal(result.sequences, expected.sequences)
     torch.testing.assert_close(result.logits, expected.logits, rtol=0, atol=1e-4)
     assert result.past_key_values.get_seq_length() == 22 + 6 - 1
+
+
+def test_long_prompts_are_read_in_chunks_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hylo.modeling.PREFILL_CHUNK", 8)
+    model = random_hybrid(["gdn", "mla"])
+    read: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
+    ids = random_ids(1, 22)
+    for settings, expected in (({}, [8, 8, 6]), ({"prefill_chunk_size": 16}, [16, 6])):
+        read.clear()
+        model.generate(ids, **GREEDY, **settings)
+        assert read == [*expected, *[1] * 5]
+    read.clear()
+    model.generate(ids[:, :8], **GREEDY)
+    assert read == [8, *[1] * 5]
+
+
+def test_decoding_reads_latents_alone() -> None:
+    """One more cached token costs its products with the latent, and no expansion to keys and values of all heads."""
+    sizes = {"kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    model = random_hybrid(["mla"], mla=sizes)
+    costs = []
+    for length in (40, 80):
+        cache = make_cache(model.config)
+        with torch.no_grad():
+            model(random_ids(1, length), past_key_values=cache, use_cache=True)
+            with FlopCounterMode(display=False) as counter:
+                model(random_ids(1, 1), past_key_values=cache, use_cache=True)
+        costs.append(counter.get_total_flops())
+    heads, scores, weighted = 4, 10 + 4, 10
+    assert costs[1] - costs[0] == 40 * 2 * heads * (scores + weighted)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7])

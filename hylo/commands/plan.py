@@ -64,6 +64,8 @@ def plan(
     )
     if base is not None and config is not None:
         raise HyLoError(f"plan takes BASE or --config, not both: {base} and {config}")
+    if teacher is not None and recipe is None:
+        raise HyLoError(f"--teacher {teacher} is for the training that a --recipe tells of; none is given")
     spec = load_recipe(recipe) if recipe is not None else None
     source = base or (str(config) if config is not None else spec.base if spec is not None else None)
     if source is None:

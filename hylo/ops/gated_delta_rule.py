@@ -28,8 +28,6 @@ from hylo.ops.linear_recurrence import (
 )
 from hylo.ops.packing import each_document
 
-# The largest key size that fla's delta rules take.
-FLA_MOST_KEYS = 256
 # Up to here, without gradients, fla's recurrent kernel is faster than its chunked one.
 SHORT = 64
 
@@ -61,7 +59,8 @@ def gated_delta_net(
     Returns:
         outputs `[B, T, H, V]` in the dtype of v, and the state after the last token or None.
     """
-    if k.shape[-1] <= FLA_MOST_KEYS and use_fla(v, gated_backward=will_differentiate(q, k, v, a, b, A_log, dt_bias)):
+    differentiated = will_differentiate(q, k, v, a, b, A_log, dt_bias)
+    if use_fla(v, gated_backward=differentiated, delta_keys=k.shape[-1]):
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as chunked
         from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as recurrent
 

@@ -1,6 +1,7 @@
-"""Which kernels compute the linear mixers: flash-linear-attention's on a GPU, or the torch references.
+"""Which kernels compute an operation: flash-linear-attention's and the package's own on a GPU, or the torch references.
 
-One setting chooses, `auto` by default: fla where the tensors are on a GPU and fla can compute them, else the reference.
+One setting chooses, `auto` by default: kernels where the tensors are on a GPU and there are such that can compute them,
+else the reference. With `fla` a recurrence that fla cannot compute is an error.
 It is taken from the environment variable HYLO_KERNELS and set by `set_kernels` or, for a block, `kernels`.
 """
 
@@ -54,12 +55,17 @@ def kernels(choice: str) -> Iterator[None]:
         _choice = before
 
 
-def use_fla(tensor: Tensor, *, gated_backward: bool = False) -> bool:
+# The largest key size that fla's delta rules take.
+FLA_MOST_KEYS = 256
+
+
+def use_fla(tensor: Tensor, *, gated_backward: bool = False, delta_keys: int = 0) -> bool:
     """Whether fla computes an operation on this tensor.
 
     Args:
         tensor: an input of the operation, for its device and dtype.
         gated_backward: a backward pass will follow, through a kernel that some versions of Triton compile wrongly.
+        delta_keys: the size of a key, in a delta rule.
 
     Raises:
         HyLoError: where `fla` is chosen and cannot compute it: says what to install. Under `auto` this is a warning,
@@ -68,7 +74,7 @@ def use_fla(tensor: Tensor, *, gated_backward: bool = False) -> bool:
     choice = chosen_kernels()
     if choice == "reference" or (choice == "auto" and not tensor.is_cuda):
         return False
-    problem = _problem(tensor.device, tensor.dtype, gated_backward)
+    problem = _problem(tensor.device, tensor.dtype, gated_backward, delta_keys)
     if problem is None:
         return True
     if choice == "fla":
@@ -107,12 +113,14 @@ def will_differentiate(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _problem(device: torch.device, dtype: torch.dtype, gated_backward: bool) -> str | None:
+def _problem(device: torch.device, dtype: torch.dtype, gated_backward: bool, delta_keys: int = 0) -> str | None:
     """Why fla cannot compute, and what to do about it; None where it can."""
     if device.type != "cuda":
         return f"flash-linear-attention runs on a GPU, the tensors are on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash-linear-attention computes in bfloat16 or float16, the tensors are {str(dtype).split('.')[-1]}"
+    if delta_keys > FLA_MOST_KEYS:
+        return f"flash-linear-attention's delta rules take keys of at most {FLA_MOST_KEYS}, these have {delta_keys}"
     if importlib.util.find_spec("fla") is None:
         return f"flash-linear-attention is not installed; {_INSTALL_FLA}"
     return _triton_problem(torch.cuda.get_device_capability(device)) if gated_backward else None

@@ -11,7 +11,7 @@ chunks; `kimi_delta_attention` is what the layer calls, computed by fla where `h
 import torch
 from torch import Tensor
 
-from hylo.ops.gated_delta_rule import FLA_MOST_KEYS, by_fla, recurrent_gated_delta_rule
+from hylo.ops.gated_delta_rule import by_fla, recurrent_gated_delta_rule
 from hylo.ops.kernels import use_fla
 from hylo.ops.linear_recurrence import (
     Chunks,
@@ -54,7 +54,7 @@ def kimi_delta_attention(
     Returns:
         outputs `[B, T, H, V]` in the dtype of v, and the state after the last token or None.
     """
-    if k.shape[-1] <= FLA_MOST_KEYS and use_fla(v):
+    if use_fla(v, delta_keys=k.shape[-1]):
         from fla.ops.kda import chunk_kda, fused_recurrent_kda
 
         return by_fla(

@@ -1,7 +1,7 @@
 """Memory to serve a model, on each GPU: weights, cache, state and the workspace of a chunked prefill.
 
-Over several GPUs, tensor parallel: weights, KV heads and states are divided; MLA's latents, which all heads share, and
-the workspace are counted whole on each.
+Over several GPUs, tensor parallel: weights are divided, KV heads and states by whole heads, of which the fullest GPU
+counts; MLA's latents, which all heads share, and the workspace are counted whole on each.
 """
 
 from collections.abc import Iterator
@@ -47,13 +47,29 @@ def inference_memory(model: ModelPlan, context: int, serving: Serving) -> dict[s
     return {
         "weights": _share(model.parameters * serving.element_size, serving.gpus),
         "cache": _cache_values(model, context, serving.gpus) * serving.batch * serving.element_size,
-        "state": _share(config.state_bytes(serving.element_size) * serving.batch, serving.gpus),
+        "state": _state_bytes(model, serving) * serving.batch,
         "workspace": prefill_workspace(chunk),
     }
 
 
 def _share(size: int, gpus: int) -> int:
     return -(-size // gpus)
+
+
+def _by_heads(size: int, heads: int, gpus: int) -> int:
+    """What the GPU with the most heads holds of `heads` equal parts."""
+    return size // heads * _share(heads, gpus)
+
+
+def _state_bytes(model: ModelPlan, serving: Serving) -> int:
+    """Of a sequence, on each GPU: convolution inputs, and recurrent states in float32."""
+    total = 0
+    for name in model.layers:
+        mixer = mixer_class(name)
+        size = mixer.convolution_elements(model.config) * serving.element_size + mixer.state_elements(model.config) * 4
+        if size:
+            total += _by_heads(size, getattr(model.config.geometry(name), "num_heads", 1), serving.gpus)
+    return total
 
 
 def _cache_values(model: ModelPlan, context: int, gpus: int) -> int:
@@ -63,10 +79,10 @@ def _cache_values(model: ModelPlan, context: int, gpus: int) -> int:
     for i, name in enumerate(model.layers):
         values = mixer_class(name).cache_elements_per_token(config)
         if name == "attention":
-            # Its heads are divided, and a layer with a window keeps no more than that.
+            # Its heads are divided, and a layer with a window keeps no more than the next token sees.
             window = config.window_of(i)
-            tokens = context if window is None else min(context, window)
-            total += tokens * _share(values, min(gpus, config.num_key_value_heads))
+            tokens = context if window is None else min(context, window - 1)
+            total += tokens * _by_heads(values, config.num_key_value_heads, gpus)
         else:
             total += context * values
     return total

@@ -4,7 +4,7 @@ Three ways to write one, for a base of 16 layers:
 
 - counts and block names: `4MLA12GDN`, with the MLA layers where they were published, else every block evenly spaced
 - index lists, the block without indices taking the rest: `MLA:1,5,10,14 GDN` (ranges such as `0-3` allowed)
-- in a recipe, also a list with one mixer name a layer
+- in a recipe, also a list with one mixer or block name a layer
 """
 
 import re
@@ -20,7 +20,7 @@ BLOCKS = {mixer.block: name for name, mixer in MIXERS.items()}
 def parse_layout(layout: str | Sequence[str], num_layers: int) -> list[str]:
     """One mixer name a layer. Raises HyLoError naming what does not fit."""
     if not isinstance(layout, str):
-        names = [mixer_class(str(name)).name for name in layout]
+        names = [BLOCKS.get(str(name).upper()) or mixer_class(str(name)).name for name in layout]
         if len(names) != num_layers:
             raise HyLoError(f"the layout names {len(names)} layers; the base has {num_layers}")
         return names

@@ -130,6 +130,7 @@ def test_tables(run: Run) -> None:
         ("base -l 4GDN -g mla.kv_lora_rank=8", "'mla'"),
         ("base -l 4GDN --context 8Q", "'8Q'"),
         ("base -l 4GDN --gpu-memory 80TB", "'80TB'"),
+        ("base -l 4GDN --teacher 8b.json", "--recipe"),
         ("base -l 4GDN --gpu H9000", "'H9000'"),
     ],
 )

@@ -1,5 +1,6 @@
 """Mixers and models on a GPU against the float64 CPU. Run with HYLO_TEST_GPU=1 pytest tests/gpu."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -55,14 +56,16 @@ def test_forward(
     assert (output.double().cpu() - expected).norm() < tolerance * expected.norm()
 
 
+# Less than the rows from which convolutions, norms and rotary embedding have kernels of their own, and more.
+@pytest.mark.parametrize("length", [150, 600])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_gradients(mixer: str) -> None:
+def test_gradients(mixer: str, length: int) -> None:
     """Of a layer in a training step: float32 weights, bfloat16 products, packed documents."""
     model = hybrid([mixer])
     layer = model.model.layers[0].double()
-    hidden = model.model.embed_tokens(random_ids(1, 150)).detach()
+    hidden = model.model.embed_tokens(random_ids(1, length)).detach()
     upstream = torch.randn_like(hidden)
-    offsets = torch.tensor([0, 40, 150], dtype=torch.int32)
+    offsets = torch.tensor([0, 40, 129, length], dtype=torch.int32)
 
     def gradients(x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
         layer.zero_grad()
@@ -120,3 +123,31 @@ def test_generation_with_left_padding() -> None:
     padded = model(ids, attention_mask=mask).logits[0, 15:]
     alone = model(ids[:1, 15:]).logits[0]
     assert distance(padded, exact) < 1.2 * distance(alone, exact)
+
+
+@torch.no_grad()
+def test_generate_of_prompts_of_several_lengths() -> None:
+    """Left-padded, read in chunks and decoded: the logits of each step are those of a whole forward pass alone."""
+    model = hybrid(MIXERS)
+    prompts, new = [random_ids(1, length) for length in (300, 41, 170)], 6
+    width = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.cat([torch.nn.functional.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(width) >= width - prompt.shape[1] for prompt in prompts]).long()
+    exact_model = copy.deepcopy(model).double()
+    model.to("cuda", torch.bfloat16)
+    out = model.generate(
+        ids.cuda(),
+        attention_mask=mask.cuda(),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        prefill_chunk_size=128,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack(out.logits, dim=1)
+    for row, prompt in enumerate(prompts):
+        alone = torch.cat([prompt, out.sequences[row : row + 1, width:].cpu()], dim=1)[:, :-1]
+        exact = exact_model(alone).logits[0, -new:]
+        whole = model(alone.cuda()).logits[0, -new:]
+        assert distance(logits[row], exact) < 1.5 * distance(whole, exact)

@@ -1,6 +1,7 @@
-"""fla's kernels against the float64 references, forward and every gradient. Run with HYLO_TEST_GPU=1 pytest tests/gpu.
+"""Kernels, fla's and the package's own, against the float64 references, forward and every gradient.
 
-Inputs are rounded to bfloat16 first, so that only the kernels' own arithmetic differs.
+Run with HYLO_TEST_GPU=1 pytest tests/gpu. Inputs are rounded to bfloat16 first, so that only the arithmetic of kernels
+differs.
 """
 
 from collections.abc import Callable
@@ -119,9 +120,15 @@ def test_kimi_delta_attention(length: int) -> None:
     compare(kimi_delta_attention, kimi_inputs(length, 4, 64, batch=2), float32=("A_log", "dt_bias"))
 
 
+@pytest.mark.parametrize("length", [1, 100, 512])
+def test_kimi_delta_attention_of_its_own_heads(length: int) -> None:
+    compare(kimi_delta_attention, kimi_inputs(length, 3, 128), float32=("A_log", "dt_bias"))
+
+
+@pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("length", [1, 63, 200, 1000])
-def test_gated_linear_attention(length: int) -> None:
-    compare(gated_linear_attention, linear_inputs(length, 4, 64, batch=2), float32=("g",))
+def test_gated_linear_attention(length: int, size: int) -> None:
+    compare(gated_linear_attention, linear_inputs(length, 4, size, batch=2), float32=("g",))
 
 
 @pytest.mark.parametrize("kind", ["gdn", "kda", "gla"])
@@ -161,7 +168,7 @@ def test_state_is_handed_on(kind: str, cut: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("length", [1, 3, 200])
+@pytest.mark.parametrize("length", [1, 3, 200, 1000])
 def test_short_convolution(length: int, bias: bool) -> None:
     inputs = {"x": rounded(2, length, 256), "weight": rounded(256, 4)} | ({"bias": rounded(256)} if bias else {})
     compare(short_convolution, inputs, float32=("weight", "bias"))

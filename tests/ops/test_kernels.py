@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hylo.ops.kernels
-from hylo.errors import HyLoError
+from hylo.errors import HyLoError, HyLoWarning
+from hylo.ops.gated_delta_rule import gated_delta_net
 from hylo.ops.gated_linear_attention import gated_linear_attention
 from hylo.ops.kernels import (
     _problem,
@@ -20,6 +22,7 @@ from hylo.ops.kernels import (
     use_fla,
     will_differentiate,
 )
+from hylo.ops.kimi_delta_rule import kimi_delta_attention
 
 HALF = torch.zeros(1, dtype=torch.bfloat16)
 
@@ -146,3 +149,54 @@ def test_will_differentiate() -> None:
     assert not will_differentiate(HALF, None)
     with torch.no_grad():
         assert not will_differentiate(leaf)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch, triton: Callable[[str | None], None]) -> Iterator[None]:
+    """A Hopper GPU with fla and a Triton that computes wrong gradients; its tensors have no values."""
+    triton("3.6.0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    hylo.ops.kernels._warn_once.cache_clear()
+    with FakeTensorMode():
+        yield
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, device="cuda", dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_auto_warns_once_and_takes_the_reference() -> None:
+    with pytest.warns(HyLoWarning, match=r"Hopper.*triton>=3\.7\.1.*plain torch is used"):
+        assert not use_fla(on_gpu(1), gated_backward=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not use_fla(on_gpu(1), gated_backward=True)
+        assert use_fla(on_gpu(1)), "without a gated backward pass there is nothing wrong"
+        assert not use_fla(on_gpu(1, dtype=torch.float32), gated_backward=True), "exactness needs no warning"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("op", ["gdn", "gla"])
+def test_fla_stops_where_gradients_would_be_wrong(op: str) -> None:
+    x, head = on_gpu(1, 2, 1, 4), on_gpu(1, 2, 1)
+    with kernels("fla"), pytest.raises(HyLoError, match=r"Hopper.*triton>=3\.7\.1"):
+        if op == "gdn":
+            gated_delta_net(x, x, x, head, head, on_gpu(1), on_gpu(1))
+        else:
+            gated_linear_attention(x, x, x, head)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("op", ["gdn", "kda"])
+def test_fla_stops_at_keys_that_it_does_not_take(op: str, triton: Callable[[str | None], None]) -> None:
+    triton("3.7.1")
+    x, head = on_gpu(1, 2, 1, 257), on_gpu(1, 2, 1)
+    with kernels("fla"), pytest.raises(HyLoError, match="keys of at most 256, these have 257"):
+        if op == "gdn":
+            gated_delta_net(x, x, x, head, head, on_gpu(1), on_gpu(1))
+        else:
+            kimi_delta_attention(x, x, x, x, head, on_gpu(1), on_gpu(257))
+    with pytest.warns(HyLoWarning, match="these have 257"):
+        assert not use_fla(x, delta_keys=257)

@@ -11,6 +11,7 @@ from tiny import hybrid_config as plain_config
 from tiny import random_hybrid, random_ids
 from transformers import AutoConfig
 
+from hylo import HyLoError
 from hylo.cache import make_cache
 from hylo.mixers import MIXERS
 from hylo.plan.inference import RESERVED_BYTES, Serving, fits, inference_memory, longest_context, remedies
@@ -57,11 +58,28 @@ def test_gpus_share_what_can_be_shared() -> None:
     assert wide * 8 == inference_memory(dense, 64 * K, Serving())["cache"]
 
 
+def test_the_fullest_gpu_holds_whole_heads() -> None:
+    hybrid, dense = pair()
+    whole, cache = (inference_memory(model, 64 * K, Serving()) for model in pair())
+    for gpus in (2, 3, 4, 8, 9, 16):
+        # 9 GDN heads; 8 KV heads.
+        state = inference_memory(hybrid, 64 * K, Serving(gpus=gpus))["state"]
+        assert state * 9 == whole["state"] * -(-9 // gpus)
+        assert inference_memory(dense, 64 * K, Serving(gpus=gpus))["cache"] * 8 == cache["cache"] * -(-8 // gpus)
+
+
 def test_layers_with_a_window_cache_no_more_than_it() -> None:
     model = plan_model(plain_config(["attention", "attention"], sliding_window=16, sliding_layers=[0]))
     each = 2 * 2 * 8 * 2
-    assert inference_memory(model, 10, Serving())["cache"] == 20 * each
-    assert inference_memory(model, 100, Serving())["cache"] == (16 + 100) * each
+    for tokens in (10, 15, 16, 100):
+        assert inference_memory(model, tokens, Serving())["cache"] == (min(tokens, 15) + tokens) * each
+        assert inference_memory(model, tokens, Serving())["cache"] == model.config.cache_bytes(tokens)
+
+
+@pytest.mark.parametrize("window", [1, 0, -5])
+def test_windows_that_see_nothing_are_refused(window: int) -> None:
+    with pytest.raises(HyLoError, match=f"sliding_window {window}; expected 2 tokens or more"):
+        plain_config(["attention"], sliding_window=window, sliding_layers=[0])
 
 
 def test_workspace_does_not_grow_with_the_prompt() -> None:

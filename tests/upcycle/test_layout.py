@@ -20,6 +20,7 @@ from hylo.upcycle.layout import format_layout, parse_layout, spread_evenly
         ("mla:0 gdn", 3, [0]),
         ("  4MLA ", 4, [0, 1, 2, 3]),
         (["mla", "gdn", "mla"], 3, [0, 2]),
+        (["MLA", "GDN", "mla"], 3, [0, 2]),
     ],
 )
 def test_meaning(layout: str | list[str], layers: int, mla: list[int] | None) -> None:

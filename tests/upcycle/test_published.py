@@ -122,3 +122,47 @@ def test_recipe(path: Path) -> None:
     windows = second.batch_size * second.accumulation
     assert windows == (8 if length == 65536 else 16 if recipe.base == LLAMA_3B else 32)
     assert recipe.teacher == ("Qwen/Qwen3-8B" if recipe.base == QWEN else LLAMA_8B)
+
+
+def counted_by_hand(base: str, mla_layers: int, linear: str) -> int:
+    """Parameters of a released model, from the shapes in its card and paper; the head apart from the embedding."""
+    llama = {"words": 128256, "ffn": 8192, "kv_heads": 8, "query_norm": False}
+    d, layers, heads, size, rank, q_rank, gdn_heads, rest = {
+        LLAMA_1B: (2048, 16, 32, 64, 128, 1344, 6, llama),
+        LLAMA_3B: (3072, 28, 24, 128, 128, 1536, 9, llama),
+        QWEN: (2048, 28, 16, 128, 256, 1344, 6, {"words": 151936, "ffn": 6144, "kv_heads": 8, "query_norm": True}),
+    }[base]
+    kv, nope, rope = rest["kv_heads"], size // 2, size // 2
+    mla = q_rank * d + heads * (nope + rope) * q_rank + (rank + rope) * d + kv * (nope + size) * rank + d * heads * size
+    mla += (nope + rope) * rest["query_norm"]
+    keys, values = gdn_heads * 256, gdn_heads * 512
+    gdn = d * (2 * keys + 2 * values + 2 * gdn_heads) + values * d + 4 * (2 * keys + values) + 2 * gdn_heads + 512
+    inner, grouped = heads * size, kv * size
+    mamba2 = d * (2 * inner + 2 * grouped + heads) + 5 * (inner + 2 * grouped) + 3 * heads + inner + inner * d
+    mixers = mla_layers * mla + (layers - mla_layers) * {"GDN": gdn, "M2": mamba2}[linear]
+    return mixers + layers * (3 * d * rest["ffn"] + 2 * d) + d + 2 * rest["words"] * d
+
+
+def test_the_count_by_hand_is_the_published_one() -> None:
+    assert counted_by_hand(LLAMA_1B, 4, "GDN") == 1_673_797_776
+    assert counted_by_hand(LLAMA_3B, 14, "GDN") == 3_971_381_500
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_the_parameters_of_its_shapes(path: Path) -> None:
+    recipe = load_recipe(path)
+    config = config_of(recipe.base)
+    mixers = parse_layout(recipe.layout, config.num_hidden_layers)
+    expected = counted_by_hand(recipe.base, mixers.count("mla"), "M2" if "mamba2" in mixers else "GDN")
+    assert plan_model(hybrid_config(config, mixers, recipe.geometry, recipe.base)).parameters_untied == expected
+
+
+def test_key_norm_as_released_adds_its_weights() -> None:
+    """Folded by default; the released Qwen3 checkpoints keep it."""
+    config = config_of(QWEN)
+    mixers = parse_layout("7MLA21GDN", 28)
+    folded, kept = (
+        plan_model(hybrid_config(config, mixers, geometry, QWEN)).parameters_untied
+        for geometry in ("paper", {"paper": {}, "mla": {"key_norm": True}})
+    )
+    assert kept - folded == 7 * (64 + 64)
