@@ -16,9 +16,11 @@ import vllm.model_executor.layers.mamba.short_conv  # noqa: F401
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from hylo.ops.kernels import chosen_kernels
+from hylo.serve.metadata import ConvolvedBackend
 from hylo.serve.states import StateShapes
 
 if TYPE_CHECKING:
@@ -112,8 +114,10 @@ class LinearLayer(nn.Module, MambaBase):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        # Its metadata say which tokens are whose, where each request's slot is, and what the convolution's kernel asks.
         return MambaAttentionBackendEnum.SHORT_CONV
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return ConvolvedBackend
 
 
 def by_kernels(rows: Tensor) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from hylo.config import HyLoConfig
@@ -16,6 +17,7 @@ from hylo.ops.gated_norm import rms_norm
 from hylo.ops.short_convolution import short_convolution
 from hylo.serve.architecture import MAMBA2_CHUNK
 from hylo.serve.linear import LinearLayer, by_kernels, last_inputs
+from hylo.serve.metadata import ChunkedBackend
 from hylo.serve.parameters import Weight, joined_parameter
 from hylo.serve.states import state_shapes
 from hylo.serve.weights import Place
@@ -123,8 +125,10 @@ class ServedMamba2(LinearLayer):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        # Its metadata are those of the others, and how the kernels' chunks lie.
         return MambaAttentionBackendEnum.MAMBA2
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return ChunkedBackend
 
     def step(self, rows: Tensor, past: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         inputs, dt = rows.split([self.convolved_size, self.num_heads], dim=-1)
