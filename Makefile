@@ -1,6 +1,6 @@
 # make setup   .venv with everything
 # make demo    upcycle SmolLM2-135M-Instruct on this machine, into runs/demo
-# make test    lint, types, tests; then tests/serve, with vLLM's engine on the CPU, in a process of their own
+# make test    lint, types, tests; beside them tests/serve, with vLLM's engine on the CPU, shown when all is done
 # make test-gpu  the kernels against their references; needs a GPU and pip install '.[gpu]'
 .PHONY: setup demo test test-gpu lint clean
 
@@ -18,8 +18,9 @@ lint: setup
 	.venv/bin/mypy
 
 test: lint
-	.venv/bin/python -m pytest --ignore tests/serve
-	.venv/bin/python -m pytest tests/serve
+	.venv/bin/python -m pytest tests/serve >.venv/serve.log 2>&1 & serve=$$!; \
+	.venv/bin/python -m pytest --ignore tests/serve; rest=$$?; \
+	wait $$serve; served=$$?; cat .venv/serve.log; exit $$((rest | served))
 
 test-gpu:
 	HYLO_TEST_GPU=1 python3 -m pytest tests/gpu
