@@ -117,7 +117,10 @@ def prefill(
     state: Tensor,
     metadata: Any,
 ) -> Tensor:
-    """Some tokens of each prompt, `[T, H, K or V]`, end to end; leaves in `state` what follows the last of each."""
+    """Some tokens of each prompt, `[T, H, K or V]`, end to end; leaves in `state` what follows the last of each.
+
+    The outputs may take the place of v.
+    """
     # Some of the kernels take scratch memory, which shall be torch's.
     set_triton_allocator(q.device)
     beta = b.float().sigmoid()[None]
