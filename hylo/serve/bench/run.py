@@ -1,9 +1,7 @@
 """Measures a hybrid and its base one after the other, each in a process of its own; writes what was found."""
 
-import json
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
 from hylo.evaluate.report import environment
-from hylo.files import write_json
+from hylo.files import read_json, write_json
 from hylo.plan.quantities import format_tokens
 from hylo.plan.source import read_config
 from hylo.serve.bench.measure import Plan
@@ -22,8 +20,11 @@ from hylo.serve.parallel import check_parallel
 LONGEST_MESSAGE = 300
 
 
-def bench(plan: Plan, base: str | None, output: Path) -> dict[str, Any]:
+def bench(plan: Plan, base: str | None, output: Path, limit_s: float | None = None) -> dict[str, Any]:
     """Measures `plan.model`, then `base` likewise, into `output`/bench.json and bench.png.
+
+    Args:
+        limit_s: seconds for each, after which what is known by then is taken; without a limit by default.
 
     Raises:
         HyLoError: bad input, before anything is started; or vLLM's own last word where it fails, its log kept.
@@ -39,7 +40,7 @@ def bench(plan: Plan, base: str | None, output: Path) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"environment": environment()}
     for role, name in models.items():
-        result[role] = _measured(replace(plan, model=name), output / f"{role}.log")
+        result[role] = _measured(replace(plan, model=name), output / f"{role}.log", limit_s)
         write_json(output / "bench.json", result)
     from hylo.serve.bench.plot import draw
 
@@ -47,17 +48,26 @@ def bench(plan: Plan, base: str | None, output: Path) -> dict[str, Any]:
     return result
 
 
-def _measured(plan: Plan, log: Path) -> dict[str, Any]:
-    """One model, in a new process: what the other left in the GPU's memory is gone with it."""
-    with tempfile.TemporaryDirectory(prefix="hylo-bench-") as folder:
-        asked, found = Path(folder, "plan.json"), Path(folder, "result.json")
-        asked.write_text(json.dumps(asdict(plan)))
-        command = [sys.executable, "-m", "hylo.serve.bench.measure", str(asked), str(found)]
-        with log.open("w") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-        if code or not found.is_file():
-            raise HyLoError(f"{plan.model}: {_last_words(log.read_text(errors='replace'))} ({log})")
-        return json.loads(found.read_text())
+def _measured(plan: Plan, log: Path, limit_s: float | None) -> dict[str, Any]:
+    """One model, in a new process: what the other left in the GPU's memory is gone with it.
+
+    What is known is written beside the log as it comes, and stays there if the rest fails.
+    """
+    asked, found = log.with_suffix(".plan.json"), log.with_suffix(".json")
+    found.unlink(missing_ok=True)
+    write_json(asked, asdict(plan))
+    command = [sys.executable, "-m", "hylo.serve.bench.measure", str(asked), str(found)]
+    stopped: dict[str, Any] = {}
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, check=False, timeout=limit_s
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code, stopped = 0, {"stopped_after_s": limit_s}
+    if code or not found.is_file():
+        raise HyLoError(f"{plan.model}: {_last_words(log.read_text(errors='replace'))} ({log})")
+    return read_json(found) | stopped
 
 
 def _last_words(log: str) -> str:
