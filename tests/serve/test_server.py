@@ -30,7 +30,7 @@ def test_a_server_under_load(mixed_folder: Path, tmp_path: Path) -> None:
         "--seconds",
         "15",
         "--context",
-        "256",
+        "512",
     ]
     command += ["--enforce-eager", "--kv-cache-memory-bytes", str(2**26), "--max-num-seqs", "8", "--output", tmp_path]
     # The server's engine is a process of its own, whatever the tests of engines say.
