@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "load.py"
 def test_a_server_under_load(mixed_folder: Path, tmp_path: Path) -> None:
     """The load test, shortened: right answers, 4xx for the others, no block of the cache kept, an end on SIGTERM."""
     command = [sys.executable, SCRIPT, "--model", mixed_folder, "--output", tmp_path]
-    command += "--clients 20 --seconds 15 --context 512 --max-num-seqs 8 --enforce-eager".split()
+    command += ["--clients", "20", "--seconds", "15", "--context", "512", "--max-num-seqs", "8", "--enforce-eager"]
     command += ["--kv-cache-memory-bytes", str(2**26)]
     # The server's engine is a process of its own, whatever the tests of engines say.
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
