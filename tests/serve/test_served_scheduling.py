@@ -60,15 +60,16 @@ def test_a_cancelled_request_leaves_its_slots(name: str, tmp_path: Path) -> None
     from vllm import SamplingParams
 
     model = save_hybrid(tmp_path / name, name)
-    prompts = random_prompts([20, 1, 30, 1])
-    with engine(tmp_path / name, max_num_seqs=1) as llm:
+    prompts = random_prompts([20, 1, 30, 1, 1, 1])
+    # Few blocks: all have been used before the last prompt.
+    with engine(tmp_path / name, max_num_seqs=1, block_size=64, num_gpu_blocks_override=BLOCKS[name]) as llm:
         llm.llm_engine.add_request(
             "cancelled", {"prompt_token_ids": prompts[0]}, SamplingParams(max_tokens=50, detokenize=False)
         )
         for _ in range(5):
             llm.llm_engine.step()
         llm.llm_engine.abort_request(["cancelled"])
-        answers = greedy(llm, prompts, [10] * 4)
+        answers = greedy(llm, prompts, [10] * len(prompts))
     assert worst_difference(model, prompts, answers) < TOLERANCE
 
 
