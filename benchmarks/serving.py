@@ -256,15 +256,22 @@ def check(arguments: argparse.Namespace) -> bool:
         chosen = arguments.cases or known
         if set(chosen) - set(known):
             sys.exit(f"serving: no case is called {(set(chosen) - set(known)).pop()!r}; expected {'; '.join(known)}")
-        folders: dict[str, str] = {}
-        for i, case in enumerate(chosen):
-            folder = scratch / str(i)
-            made = upcycled(arguments.smollm2, folder, torch.bfloat16) if case == REAL else save(configs[case], folder)
-            folders[case] = str(made)
+        folders = {case: str(scratch / str(i)) for i, case in enumerate(chosen)}
+        for case, folder in list(folders.items()):
+            try:
+                if case == REAL:
+                    upcycled(arguments.smollm2, Path(folder), torch.bfloat16)
+                else:
+                    save(configs[case], Path(folder))
+            except Exception as error:
+                traceback.print_exc()
+                cases[case] = {"making it": {"failed": f"{type(error).__name__}: {error}"}}
+                print(f"MISSED  {case}: {cases[case]}", flush=True)
+                del folders[case]
         writing = threading.Lock()
 
         def lane(mode: str, number: int) -> None:
-            mine = {case: folders[case] for case in chosen[number :: arguments.lanes]}
+            mine = {case: folders[case] for case in list(folders)[number :: arguments.lanes]}
             log = arguments.output / f"{arguments.name}-{mode}-{number}.log"
             for case, row in answered(mine, mode, arguments.limit, scratch, log):
                 with writing:
