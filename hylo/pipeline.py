@@ -167,6 +167,7 @@ class UpcycleRun:
                 self.recipe.geometry,
                 dtype="float32",
                 solve_output=self.recipe.calibration is not None,
+                solve_latents=self.recipe.calibration is not None and self.recipe.calibration.latents,
                 source_name=self.recipe.base,
                 rope_scaling=self._rope_scaling,
             )
@@ -186,6 +187,7 @@ class UpcycleRun:
             batch_size=section.batch_size,
             ridge=section.ridge,
             sequential=section.sequential,
+            latents=section.latents,
         )
         return {"tokens": windows.tokens}
 

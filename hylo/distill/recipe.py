@@ -31,6 +31,7 @@ class CalibrationSection(Section):
         batch_size: windows at a time.
         ridge: the penalty, relative to the mean square of a feature.
         sequential: each layer on the student's own hidden states, rather than the teacher's.
+        latents: make the queries, latents and rotary keys of MLA layers from the teacher's attention on that text.
     """
 
     tokens: Positive = 200_000
@@ -38,6 +39,7 @@ class CalibrationSection(Section):
     batch_size: Positive = 4
     ridge: Number = Field(default=1e-3, gt=0)
     sequential: bool = True
+    latents: bool = False
 
 
 class RopeScalingSection(Section):

@@ -9,9 +9,14 @@ solved in order. With `sequential`, the features of a layer come from the studen
 below already solved, so that a layer makes up for what those got wrong; otherwise from the teacher's.
 
 F^T F and F^T A are all that the solution needs: they are summed in float64 over the text, batch by batch.
+
+With `latents`, what stands before the projection in MLA layers is made anew as well, from what the teacher's attention
+does on the text (`hylo.upcycle.initialise.activation`), before the projection is solved.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +24,14 @@ from transformers import PreTrainedModel
 
 from hylo.data.windows import Windows
 from hylo.errors import HyLoError
+from hylo.mixers.mla import MultiHeadLatentAttention
 from hylo.modeling import HyLoDecoderLayer, HyLoForCausalLM, MixingContext
 from hylo.precision import autocast, default_device
 from hylo.progress import bar
+from hylo.upcycle.activations import AttentionStatistics, AttentionWeights
 from hylo.upcycle.bases import load_model, save_checkpoint
-from hylo.upcycle.trace import enter_layers, layers_of, step_layer
+from hylo.upcycle.initialise.activation import ActivationDecomposition
+from hylo.upcycle.trace import enter_layers, layers_of, mixer_of, step_layer
 
 
 class RidgeRegression:
@@ -64,6 +72,7 @@ def calibrate_checkpoint(
     batch_size: int = 4,
     ridge: float = 1e-3,
     sequential: bool = True,
+    latents: bool = False,
     save_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Calibrates a converted checkpoint against its base, and fills the folder `output` with the result.
@@ -72,6 +81,7 @@ def calibrate_checkpoint(
         checkpoint, base: model folders.
         windows: the text.
         dtype: of matrix products.
+        ridge, sequential, latents: see `calibrate`. Raises as it does.
     """
     device = default_device()
     student = load_model(checkpoint, torch.float32).to(device)
@@ -81,7 +91,7 @@ def calibrate_checkpoint(
         {key: batch[key].to(device) for key in ("input_ids", "attention_mask")} for batch in windows.batches(batch_size)
     ]
     with autocast(device, dtype):
-        calibrate(student, teacher, batches, ridge=ridge, sequential=sequential)
+        calibrate(student, teacher, batches, ridge=ridge, sequential=sequential, latents=latents)
     save_checkpoint(student.to(save_dtype), output, base)
 
 
@@ -93,6 +103,7 @@ def calibrate(
     *,
     ridge: float = 1e-3,
     sequential: bool = True,
+    latents: bool = False,
 ) -> None:
     """Solves the output projections of all layers whose mixer is not attention, in place.
 
@@ -100,7 +111,13 @@ def calibrate(
         batches: input_ids and attention_mask, `[B, T]` each; text that evaluation does not use.
         ridge: lambda, relative to the mean square of a feature.
         sequential: features from the student's own hidden states rather than the teacher's.
+        latents: make queries, latents and rotary keys of MLA layers anew, from the teacher's attention on the text.
+
+    Raises:
+        HyLoError: where values are not finite, or `latents` is asked of MLA layers that norm queries or keys.
     """
+    if latents:
+        _check_latents(student)
     layers = student.model.decoder_layers
     entered = [enter_layers(teacher, batch) for batch in batches]
     teacher_hidden = [hidden for hidden, _ in entered]
@@ -118,6 +135,8 @@ def calibrate(
             projection = layer.mixer.output_projection
             regression = RidgeRegression()
             features = []
+            if latents and isinstance(layer.mixer, MultiHeadLatentAttention):
+                _solve_latents(layer.mixer, teacher_layer, zip(teacher_hidden, real, arguments, strict=True))
             for i, context in enumerate(contexts):
                 mixed, output = step_layer(teacher_layer, teacher_hidden[i], arguments[i])
                 if solved or sequential:
@@ -138,6 +157,34 @@ def calibrate(
                 ]
             # Every token passes every layer: a layer is its share of the tokens.
             shown.advance(tokens / len(layers))
+
+
+def _check_latents(student: HyLoForCausalLM) -> None:
+    mixers = student.config.token_mixers or []
+    if "mla" in mixers and student.config.qk_norm:
+        raise HyLoError(
+            "calibration: latents is true; queries of this base have norms, through which they cannot be solved"
+        )
+
+
+def _solve_latents(
+    mixer: MultiHeadLatentAttention,
+    teacher_layer: torch.nn.Module,
+    text: Iterable[tuple[Tensor, Tensor, dict[str, Any]]],
+) -> None:
+    """All of an MLA mixer but its output projection.
+
+    Args:
+        text: the layer's input on the teacher `[B, T, d]`, which tokens are real `[B, T]`, and what the layer is
+            called with besides, batch by batch.
+    """
+    statistics = AttentionStatistics(AttentionWeights.of(mixer_of(teacher_layer)))
+    norm = teacher_layer.get_submodule("input_layernorm")
+    for hidden, real, arguments in text:
+        statistics.add(norm(hidden), real, arguments["position_embeddings"])
+    if not all(bool(torch.isfinite(x).all()) for x in (statistics.cost, statistics.keys, statistics.read)):
+        raise HyLoError("calibration: a layer's values are not finite; are the base's weights sound?")
+    ActivationDecomposition(statistics, mixer.geometry).apply_to(mixer)
 
 
 class _ReachedError(Exception):

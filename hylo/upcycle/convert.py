@@ -68,6 +68,7 @@ def plan_conversion(
     *,
     dtype: str | None = None,
     solve_output: bool = False,
+    solve_latents: bool = False,
     source_name: str | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
 ) -> ConversionPlan:
@@ -77,6 +78,7 @@ def plan_conversion(
         geometry: sizes by mixer, or "paper".
         dtype: of the hybrid's weights; the base's by default.
         solve_output: whether calibration will solve the output projection of each replaced mixer.
+        solve_latents: whether it will make the rest of MLA layers anew as well (`calibrate`'s `latents`).
         source_name: what the hybrid's config names as its base.
         rope_scaling: YaRN's factor and original_max_position_embeddings; the base's own scaling by default.
 
@@ -94,7 +96,7 @@ def plan_conversion(
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    planned = tuple(_planned(name, shape, config, solve_output) for name, shape in shapes.items())
+    planned = tuple(_planned(name, shape, config, solve_output, solve_latents) for name, shape in shapes.items())
     for tensor in planned:
         for source in tensor.sources:
             if source not in base:
@@ -115,7 +117,9 @@ def _rule(config: HyLoConfig, layer_idx: int, suffix: str) -> Rule:
     return RULES[config.token_mixers[layer_idx]](config)[suffix]
 
 
-def _planned(name: str, shape: torch.Size, config: HyLoConfig, solve_output: bool) -> PlannedTensor:
+def _planned(
+    name: str, shape: torch.Size, config: HyLoConfig, solve_output: bool, solve_latents: bool
+) -> PlannedTensor:
     located = _layer_and_suffix(name)
     if located is None:
         return PlannedTensor(name, shape, "copied", (name,), "as it is")
@@ -128,6 +132,8 @@ def _planned(name: str, shape: torch.Size, config: HyLoConfig, solve_output: boo
         and config.mixer_of(layer_idx).replaces_attention
     ):
         return PlannedTensor(name, shape, "solved", sources, "ridge regression on the teacher's mixer outputs")
+    if solve_latents and config.mixer_of(layer_idx).name == "mla" and not suffix.startswith("o_proj."):
+        return PlannedTensor(name, shape, "solved", sources, "from the teacher's attention on text")
     return PlannedTensor(name, shape, rule.action, sources, rule.note)
 
 
@@ -152,7 +158,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:
     """Fills a folder: weights in safetensors, config, tokenizer, generation config.
 
-    A `solved` output projection is written as the base's; calibration replaces it.
+    A `solved` tensor is written as its rule makes it, an output projection as the base's; calibration replaces it.
 
     Raises:
         HyLoError: where a tensor cannot be made.

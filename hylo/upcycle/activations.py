@@ -1,0 +1,165 @@
+"""What an attention layer does on text, as sums: what of its keys, values and queries its output depends on.
+
+One layer at a time, batch by batch. With p the softmax weights of a head, v the values, O the head's part of the output
+projection, and m_t = sum_j p_tj v_j, a small error e of the score of query t and key j moves the output by
+p_tj e O (v_j - m_t). So
+
+    w_tj = p_tj^2 |O (v_j - m_t)|^2
+
+is what the square of that error costs. It weighs all that is summed about queries, keys and distances.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One attention layer's maps, float32: H query heads, Hkv KV heads, hd values a head, d hidden values.
+
+    Attributes:
+        query: `[H, hd, d]`.
+        key, value: `[Hkv, hd, d]`.
+        output: `[d, H * hd]`.
+        query_bias, key_bias, value_bias: `[H or Hkv, hd]`, zeros where there is none.
+        scale: of the scores, before the softmax.
+        window: how many tokens a query sees, itself among them; None for all.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    query_bias: Tensor
+    key_bias: Tensor
+    value_bias: Tensor
+    scale: float
+    window: int | None
+
+    @classmethod
+    def of(cls, attention: nn.Module) -> "AttentionWeights":
+        """Of a transformers attention layer of Llama's kind, without norms of query and key heads."""
+        head_dim = attention.head_dim
+        assert isinstance(head_dim, int)
+
+        def part(name: str) -> tuple[Tensor, Tensor]:
+            projection = attention.get_submodule(name)
+            assert isinstance(projection, nn.Linear)
+            weight = projection.weight.detach().float()
+            bias = weight.new_zeros(len(weight)) if projection.bias is None else projection.bias.detach().float()
+            return weight.unflatten(0, (-1, head_dim)), bias.unflatten(0, (-1, head_dim))
+
+        (query, query_bias), (key, key_bias), (value, value_bias) = map(part, ("q_proj", "k_proj", "v_proj"))
+        output = attention.get_submodule("o_proj")
+        assert isinstance(output, nn.Linear)
+        window = getattr(attention, "sliding_window", None)
+        return cls(
+            query=query,
+            key=key,
+            value=value,
+            output=output.weight.detach().float(),
+            query_bias=query_bias,
+            key_bias=key_bias,
+            value_bias=value_bias,
+            scale=head_dim**-0.5,
+            window=window,
+        )
+
+    @property
+    def groups(self) -> int:
+        """Query heads a KV head."""
+        return len(self.query) // len(self.key)
+
+    @cached_property
+    def output_metric(self) -> Tensor:
+        """O^T O of each query head, `[H, hd, hd]`: the squared size of what a value becomes."""
+        heads = self.output.unflatten(1, (len(self.query), -1))
+        return torch.einsum("dhi,dhj->hij", heads, heads)
+
+
+class AttentionStatistics:
+    """The sums, float64, and what is read from them. Memory: three matrices of d by d.
+
+    Attributes:
+        cost: sum of w over all queries and keys, `[H]`.
+        queries: sum of w q q^T, `[H, hd, hd]`, before rotation.
+        rotation: sum of w times the rotation from key to query of each pair, complex `[H, hd / 2]`.
+        keys: sum of w x x^T over keys, all heads together, `[d, d]`, x the layer's normed input.
+        read: sum over queries and heads of z z^T, `[d, d]`, z = sum_j p_tj x_j: what reaches the values.
+        inputs: sum of x x^T, `[d, d]`.
+    """
+
+    def __init__(self, weights: AttentionWeights) -> None:
+        self.weights = weights
+        heads, head_dim, hidden = weights.query.shape
+        like = torch.zeros((), dtype=torch.float64, device=weights.query.device)
+        self.cost = like.new_zeros(heads)
+        self.queries = like.new_zeros(heads, head_dim, head_dim)
+        self.rotation = like.new_zeros(heads, head_dim // 2, dtype=torch.complex128)
+        self.keys, self.read, self.inputs = (like.new_zeros(hidden, hidden) for _ in range(3))
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, mask: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
+        """More text. Padding may stand on the right only.
+
+        Args:
+            inputs: the layer's normed input, `[B, T, d]`.
+            mask: of real tokens, bool `[B, T]`.
+            position_embeddings: the base's cos and sin, `[B or 1, T, hd]` each.
+        """
+        with torch.autocast(inputs.device.type, enabled=False):
+            cos, sin = (x.float().expand(len(inputs), -1, -1) for x in position_embeddings)
+            half = cos.shape[-1] // 2
+            for row in range(len(inputs)):
+                length = int(mask[row].sum())
+                turn = torch.complex(cos[row, :length, :half], sin[row, :length, :half])
+                self._add_sequence(inputs[row, :length].float(), turn)
+
+    def _add_sequence(self, x: Tensor, turn: Tensor) -> None:
+        """x `[T, d]`, turn complex `[T, hd / 2]`."""
+        weights, length = self.weights, len(x)
+        distance = torch.arange(length, device=x.device)
+        distance = distance[:, None] - distance
+        hidden = distance < 0
+        if weights.window is not None:
+            hidden |= distance >= weights.window
+        self.inputs += x.T @ x
+        received = x.new_zeros(length)
+        for head in range(len(weights.query)):
+            group = head // weights.groups
+            query = x @ weights.query[head].T + weights.query_bias[head]
+            key = x @ weights.key[group].T + weights.key_bias[group]
+            # Of values only differences count, and a bias has none.
+            value = x @ weights.value[group].T
+            scores = (_turned(query, turn) @ _turned(key, turn).T) * weights.scale
+            attention = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+            mean, metric = attention @ value, weights.output_metric[head]
+            sizes = (value @ metric * value).sum(-1), (mean @ metric * mean).sum(-1)
+            moved = (sizes[0] + sizes[1][:, None] - 2 * (mean @ metric) @ value.T).clamp_min(0)
+            cost = attention.square() * moved
+            sent = cost.sum(1)
+            received += cost.sum(0)
+            self.cost[head] += sent.sum()
+            self.queries[head] += (query * sent[:, None]).T @ query
+            past = torch.complex(cost @ turn.real, -(cost @ turn.imag))
+            self.rotation[head] += (turn * past).sum(0)
+            read = attention @ x
+            self.read += read.T @ read
+        self.keys += (x * received[:, None]).T @ x
+
+
+def as_complex(values: Tensor, dim: int = -1) -> Tensor:
+    """The pairs (i, i + n/2) of `dim` as complex numbers."""
+    return torch.complex(*(part.contiguous() for part in values.chunk(2, dim=dim)))
+
+
+def as_real(values: Tensor, dim: int = -1) -> Tensor:
+    """Undoes `as_complex`."""
+    return torch.cat([values.real, values.imag], dim=dim)
+
+
+def _turned(values: Tensor, turn: Tensor) -> Tensor:
+    return as_real(as_complex(values) * turn)
