@@ -133,7 +133,11 @@ class UpcycleRun:
         training = [self._stage_step(i, stage) for i, stage in enumerate(recipe.stages)]
         data = self._data
         steps = [
-            Step("convert", [self._base_digest, recipe.layout, recipe.geometry, self._rope_scaling], self._convert)
+            Step(
+                "convert",
+                [self._base_digest, recipe.layout, recipe.geometry, recipe.start, self._rope_scaling],
+                self._convert,
+            )
         ]
         if recipe.calibration is not None:
             depends = [recipe.calibration.model_dump(), data, recipe.seed, str(self.dtype)]
@@ -165,6 +169,7 @@ class UpcycleRun:
                 base,
                 self.recipe.layout,
                 self.recipe.geometry,
+                start=self.recipe.start,
                 dtype="float32",
                 solve_output=self.recipe.calibration is not None,
                 solve_latents=self.recipe.calibration is not None and self.recipe.calibration.latents,
@@ -297,7 +302,13 @@ class UpcycleRun:
         if self.recipe.teacher is not None:
             resolve_base(self.recipe.teacher)
         with Base.open(self.base_folder) as base:
-            plan_conversion(base, self.recipe.layout, self.recipe.geometry, rope_scaling=self._rope_scaling)
+            plan_conversion(
+                base,
+                self.recipe.layout,
+                self.recipe.geometry,
+                start=self.recipe.start,
+                rope_scaling=self._rope_scaling,
+            )
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
             with Base.open(self.base_folder) as base:

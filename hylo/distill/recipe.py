@@ -177,6 +177,7 @@ class Recipe(Section):
         layout: 8MLA22GDN, `MLA:1,5,9 GDN`, or a list with one mixer name a layer.
         geometry: mixer sizes that differ from those derived from the base, by mixer name; or `paper`, the published
             sizes for a base that has some.
+        start: what the mixers begin as: `aligned`, near attention, or `paper`, as published.
         rope_scaling: YaRN, in place of the base's own scaling; the base's own by default.
         data, calibration, stages, evaluation: see their sections; without calibration that step is left out.
         seed: fixes the order of the text and everything random.
@@ -194,6 +195,7 @@ class Recipe(Section):
     geometry: Annotated[dict[str, dict[str, Any]] | Literal["paper"], BeforeValidator(_not_other_text)] = Field(
         default_factory=dict
     )
+    start: Literal["aligned", "paper"] = "aligned"
     rope_scaling: RopeScalingSection | None = None
     data: DataSection
     calibration: CalibrationSection | None = None

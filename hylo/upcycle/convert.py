@@ -23,7 +23,7 @@ from hylo.modeling import HyLoForCausalLM
 from hylo.progress import bar
 from hylo.upcycle.bases import Base, copy_companions
 from hylo.upcycle.families import hybrid_config
-from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention
+from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention, Start
 from hylo.upcycle.initialise.source import tensor_name
 from hylo.upcycle.layout import format_layout, parse_layout
 from hylo.upcycle.stream import TensorInfo, TensorWriter
@@ -53,6 +53,7 @@ class ConversionPlan:
     """Every tensor of the hybrid and how it is made."""
 
     config: HyLoConfig
+    start: Start
     dtype: torch.dtype
     tensors: tuple[PlannedTensor, ...]
 
@@ -66,6 +67,7 @@ def plan_conversion(
     layout: str | Sequence[str],
     geometry: Mapping[str, Mapping[str, Any]] | str | None = None,
     *,
+    start: Start = "aligned",
     dtype: str | None = None,
     solve_output: bool = False,
     solve_latents: bool = False,
@@ -76,6 +78,7 @@ def plan_conversion(
 
     Args:
         geometry: sizes by mixer, or "paper".
+        start: what the mixers begin as: `aligned`, near attention, or `paper`, as published.
         dtype: of the hybrid's weights; the base's by default.
         solve_output: whether calibration will solve the output projection of each replaced mixer.
         solve_latents: whether it will make the rest of MLA layers anew as well (`calibrate`'s `latents`).
@@ -96,12 +99,12 @@ def plan_conversion(
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    planned = tuple(_planned(name, shape, config, solve_output, solve_latents) for name, shape in shapes.items())
+    planned = tuple(_planned(name, shape, config, start, solve_output, solve_latents) for name, shape in shapes.items())
     for tensor in planned:
         for source in tensor.sources:
             if source not in base:
                 raise HyLoError(f"{base.folder} has no tensor {source}, which {tensor.name} is made from")
-    return ConversionPlan(config, weight_dtype, planned)
+    return ConversionPlan(config, start, weight_dtype, planned)
 
 
 def _layer_and_suffix(name: str) -> tuple[int, str] | None:
@@ -112,19 +115,19 @@ def _layer_and_suffix(name: str) -> tuple[int, str] | None:
     return None
 
 
-def _rule(config: HyLoConfig, layer_idx: int, suffix: str) -> Rule:
+def _rule(config: HyLoConfig, start: Start, layer_idx: int, suffix: str) -> Rule:
     assert config.token_mixers is not None
-    return RULES[config.token_mixers[layer_idx]](config)[suffix]
+    return RULES[start][config.token_mixers[layer_idx]](config)[suffix]
 
 
 def _planned(
-    name: str, shape: torch.Size, config: HyLoConfig, solve_output: bool, solve_latents: bool
+    name: str, shape: torch.Size, config: HyLoConfig, start: Start, solve_output: bool, solve_latents: bool
 ) -> PlannedTensor:
     located = _layer_and_suffix(name)
     if located is None:
         return PlannedTensor(name, shape, "copied", (name,), "as it is")
     layer_idx, suffix = located
-    rule = _rule(config, layer_idx, suffix)
+    rule = _rule(config, start, layer_idx, suffix)
     sources = tuple(tensor_name(layer_idx, source) for source in rule.sources)
     if (
         solve_output
@@ -209,7 +212,7 @@ def _make(tensor: PlannedTensor, plan: ConversionPlan, base: Base, layers: dict[
             # Tensors come layer by layer: what was decomposed for the last one is let go.
             layers.clear()
             layers[layer_idx] = SourceAttention(base.tensor, layer_idx, plan.config)
-        made = _rule(plan.config, layer_idx, suffix).make(layers[layer_idx], tensor.shape)
+        made = _rule(plan.config, plan.start, layer_idx, suffix).make(layers[layer_idx], tensor.shape)
     if made.shape != tensor.shape:
         raise HyLoError(f"{tensor.name}: made {tuple(made.shape)}, expected {tuple(tensor.shape)}")
     if not bool(torch.isfinite(made).all()):

@@ -107,7 +107,7 @@ def hybrid_config(
         raise HyLoError(f"rope_type {rope_type!r} is not supported with MLA; convert with YaRN (rope_scaling) instead")
     for name in sorted(set(mixers)):
         # Every mixer can be made from this base: so says the table of its rules.
-        RULES[name](config)
+        RULES["aligned"][name](config)
     return config
 
 

@@ -1,6 +1,5 @@
 """The linear mixers from attention: q, k, v and the output carried over, the rest so that they start near attention."""
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 
@@ -12,7 +11,7 @@ from hylo.errors import HyLoError
 from hylo.mixers.gated_deltanet import GDNGeometry
 from hylo.mixers.kda import KDAGeometry
 from hylo.mixers.mamba2 import Mamba2Geometry
-from hylo.upcycle.initialise.rules import Rule, copied, fresh, output_bias
+from hylo.upcycle.initialise.rules import Rule, copied, fresh, generator_for, output_bias
 from hylo.upcycle.initialise.source import SourceAttention, fold_sources
 
 # Softplus of dt_bias, times A = 1: what a state forgets a token at the start, for a memory of some 16 tokens.
@@ -144,8 +143,7 @@ def _columns(source: SourceAttention, shape: torch.Size) -> Tensor:
 
 def _random(shape: torch.Size) -> Tensor:
     """Normal, of the scale that keeps a unit input's size; the same for the same shape."""
-    seed = int.from_bytes(hashlib.sha256(str(tuple(shape)).encode()).digest()[:4])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * shape[-1] ** -0.5
+    return torch.randn(shape, generator=generator_for(shape)) * shape[-1] ** -0.5
 
 
 def _identity_taps(shape: torch.Size) -> Tensor:

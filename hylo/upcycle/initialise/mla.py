@@ -1,7 +1,7 @@
-"""MLA from attention: joint low rank of keys and values, rotary pairs kept whole."""
+"""MLA from attention: joint low rank of keys and values."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
@@ -16,23 +16,31 @@ from hylo.upcycle.initialise.source import SourceAttention, fold_sources
 
 
 class LatentDecomposition:
-    """MLA's matrices from attention's (arXiv 2503.11132, section 3), rotary pairs kept whole.
+    """MLA's matrices from attention's (arXiv 2503.11132, section 3).
 
-    The rotary values of a head are the pairs (i, i + hd/2) for i in `rope_pairs`, the others lose their rotation. Let
-    K_n be the rows of W_k without rotation; [K_n; V] = U S R^T truncated to rank r gives kv_b = U S^1/2 and the latent
-    rows S^1/2 R^T. The shared rotary key is the mean of the KV heads' rotary rows.
+    Let K_n be the rows of W_k without rotation; [K_n; V] = U S R^T truncated to rank r gives kv_b = U S^1/2 and the
+    latent rows S^1/2 R^T. The shared rotary key is the mean of the KV heads' rotary rows.
+
+    Args:
+        nope_rows, rope_rows: which rows of each query and key head lose their rotation, and which are rotary values.
     """
 
-    def __init__(self, source: SourceAttention, geometry: MLAGeometry) -> None:
-        self.source = source
-        self.geometry = geometry
+    def __init__(
+        self, source: SourceAttention, geometry: MLAGeometry, nope_rows: list[int], rope_rows: list[int]
+    ) -> None:
+        self.source, self.geometry = source, geometry
+        self.nope_rows, self.rope_rows = nope_rows, rope_rows
+
+    @classmethod
+    def of_whole_pairs(cls, source: SourceAttention, geometry: MLAGeometry) -> "LatentDecomposition":
+        """The rotary values are the pairs (i, i + hd/2) for i in `rope_pairs`, the others lose their rotation."""
         head_dim = source.config.head_dim
         pairs = list(geometry.rope_pairs or range(0, head_dim // 2, head_dim // geometry.qk_rope_head_dim))
         # Slow pairs turn least over a context, so they are the ones to keep where not all fit.
         rest = [pair for pair in reversed(range(head_dim // 2)) if pair not in pairs][: geometry.qk_nope_head_dim // 2]
         rest = sorted(rest)
-        self.rope_rows = pairs + [pair + head_dim // 2 for pair in pairs]
-        self.nope_rows = rest + [pair + head_dim // 2 for pair in rest]
+        nope, rope = (half + [pair + head_dim // 2 for pair in half] for half in (rest, pairs))
+        return cls(source, geometry, nope, rope)
 
     @cached_property
     def query(self) -> Tensor:
@@ -103,59 +111,64 @@ class LatentDecomposition:
 
 
 def mla_rules(config: HyLoConfig) -> Mapping[str, Rule]:
+    return decomposed_rules(config, LatentDecomposition.of_whole_pairs, "pairs whole")
+
+
+def decomposed_rules(
+    config: HyLoConfig, decompose: Callable[[SourceAttention, MLAGeometry], LatentDecomposition], pairs: str
+) -> Mapping[str, Rule]:
+    """The rules of MLA for a decomposition; `pairs` says in the plan what it does to rotary pairs."""
     geometry = config.geometry("mla")
     assert isinstance(geometry, MLAGeometry)
     _check(geometry, config)
     rank = geometry.kv_lora_rank
     key_sources = ("k_proj",) if geometry.key_norm else fold_sources(config, "k_proj", "k_norm")
+
+    def latent(source: SourceAttention) -> LatentDecomposition:
+        """Made once for the tensors of a layer that share it."""
+        return source.shared(LatentDecomposition, lambda: decompose(source, geometry))
+
     folded = "; key norm folded in" if len(key_sources) > 1 else ""
     last = "q_proj" if geometry.q_lora_rank is None else "q_b_proj"
     regrouped = "rows regrouped: nope, rope"
     if geometry.q_lora_rank is None:
-        rules = {"q_proj.weight": Rule("copied", ("q_proj",), regrouped, lambda s, _: _latent(s).query)}
+        rules = {"q_proj.weight": Rule("copied", ("q_proj",), regrouped, lambda s, _: latent(s).query)}
     else:
         note = f"low rank, {geometry.q_lora_rank}"
         rules = {
-            "q_a_proj.weight": Rule("decomposed", ("q_proj",), note, lambda s, _: _latent(s).query_down),
-            "q_b_proj.weight": Rule("decomposed", ("q_proj",), note, lambda s, _: _latent(s).query_up),
+            "q_a_proj.weight": Rule("decomposed", ("q_proj",), note, lambda s, _: latent(s).query_down),
+            "q_b_proj.weight": Rule("decomposed", ("q_proj",), note, lambda s, _: latent(s).query_up),
         }
     rules |= {
         "kv_a_proj_with_mqa.weight": Rule(
             "decomposed",
             (*key_sources, "v_proj"),
-            f"joint low rank, {rank}; rotary key: mean over KV heads, pairs whole{folded}",
-            lambda s, _: _latent(s).latent_down_and_rotary_key,
+            f"joint low rank, {rank}; rotary key: mean over KV heads, {pairs}{folded}",
+            lambda s, _: latent(s).latent_down_and_rotary_key,
         ),
         "kv_b_proj.weight": Rule(
             "decomposed",
             (*key_sources, "v_proj"),
             f"joint low rank, {rank}{folded}",
-            lambda s, _: _latent(s).latent_up,
+            lambda s, _: latent(s).latent_up,
         ),
         "o_proj.weight": copied("o_proj"),
     }
     if config.attention_bias:
         rules |= {
-            f"{last}.bias": Rule("copied", ("q_proj.bias",), regrouped, lambda s, _: _latent(s).query_bias),
+            f"{last}.bias": Rule("copied", ("q_proj.bias",), regrouped, lambda s, _: latent(s).query_bias),
             "kv_a_proj_with_mqa.bias": Rule(
                 "copied",
                 ("k_proj.bias",),
                 "of the rotary key, mean over KV heads; that of the others cancels in the softmax",
-                lambda s, _: _latent(s).rotary_key_bias,
+                lambda s, _: latent(s).rotary_key_bias,
             ),
         }
     if config.qk_norm:
-        rules["q_norm.weight"] = Rule("copied", ("q_norm",), regrouped, lambda s, _: _latent(s).query_norm)
+        rules["q_norm.weight"] = Rule("copied", ("q_norm",), regrouped, lambda s, _: latent(s).query_norm)
     if geometry.key_norm:
-        rules["k_norm.weight"] = Rule("copied", ("k_norm",), regrouped, lambda s, _: _latent(s).key_norm)
+        rules["k_norm.weight"] = Rule("copied", ("k_norm",), regrouped, lambda s, _: latent(s).key_norm)
     return rules | output_bias(config, "o_proj.bias")
-
-
-def _latent(source: SourceAttention) -> LatentDecomposition:
-    """The layer's decomposition, made once for the tensors that share it."""
-    geometry = source.config.geometry("mla")
-    assert isinstance(geometry, MLAGeometry)
-    return source.shared(LatentDecomposition, lambda: LatentDecomposition(source, geometry))
 
 
 def _check(geometry: MLAGeometry, config: HyLoConfig) -> None:

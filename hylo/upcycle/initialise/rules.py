@@ -1,5 +1,6 @@
 """Rules: what is done to make a tensor, from which tensors, and how. The plan prints them; the conversion runs them."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +37,11 @@ def copied(name: str, note: str = "") -> Rule:
 
 def fresh(note: str, make: Callable[[torch.Size], Tensor]) -> Rule:
     return Rule("fresh", (), note, lambda _, shape: make(shape))
+
+
+def generator_for(shape: torch.Size) -> torch.Generator:
+    """For random values of a shape, the same for the same shape."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(str(tuple(shape)).encode()).digest()[:4]))
 
 
 def output_bias(config: HyLoConfig, name: str) -> dict[str, Rule]:
