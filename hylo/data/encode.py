@@ -112,6 +112,16 @@ class Encoder:
         told_by = [content, getattr(tokenizer, "chat_template", None), self._first, self._end, self.loss]
         return hashlib.sha256(json.dumps(told_by).encode()).hexdigest()
 
+    def settings(self) -> dict[str, Any]:
+        """What tokens made elsewhere must agree on; the vocabulary by its content, which library versions share."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return {
+            "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "start": self._first,
+            "end_of_text": bool(self._end),
+            "loss": self.loss,
+        }
+
     @property
     def largest_id(self) -> int:
         return max(self.tokenizer.get_vocab().values())

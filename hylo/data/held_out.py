@@ -98,7 +98,7 @@ def _runs(words: list[str]) -> NDArray[np.uint64]:
 
 
 def held_out_of(sources: Iterable[OpenSource], share: float, tokens: int) -> HeldOut:
-    """Holds out the documents whose name hashes below `share`, at least one.
+    """Holds out the documents whose name hashes below `share`, at least one. Sources of tokens are passed over.
 
     Of each source no more is read than gives text for `tokens` tokens, and 4 million characters: of a large one, its
     beginning. Documents further on are not trained on either if their names hash below.
@@ -108,6 +108,8 @@ def held_out_of(sources: Iterable[OpenSource], share: float, tokens: int) -> Hel
     found: list[Document] = []
     nearest: Document | None = None
     for source in sources:
+        if source.tokens is not None:
+            continue
         left = room(tokens)
         for document in _some(source):
             if unit_hash(document.name) < share:
@@ -119,6 +121,8 @@ def held_out_of(sources: Iterable[OpenSource], share: float, tokens: int) -> Hel
                 break
     if not found and nearest is not None:
         found = [nearest]
+    if not found:
+        raise HyLoError("tokens: sources hold no text to evaluate on; give some with eval:")
     return HeldOut(found, share)
 
 

@@ -82,6 +82,9 @@ class Corpus:
         """
         _ = self.encoder, self.held_out
         for source in self.sources:
+            if source.tokens is not None:
+                source.tokens.open(self.encoder)
+                continue
             first = next(source.documents(), None)
             if first is None:
                 raise HyLoError(f"no text in {source.name}")
@@ -114,10 +117,11 @@ class Corpus:
         weights = [source.section.weight for source in self.sources]
         total = sum(weight or 0.0 for weight in weights)
         parts = []
-        for writer, weight in zip(self._writers, weights, strict=True):
+        for source, writer, weight in zip(self.sources, self._writers, weights, strict=True):
             share = 1.0 if weight is None else weight / total
             limit = None if tokens is None else max(1, round(tokens * share))
-            parts.append(Part(writer.source, writer.open(limit), weight))
+            store = writer.open(limit) if source.tokens is None else source.tokens.open(self.encoder)
+            parts.append(Part(source.name, store, weight))
         if not any(part.store.documents for part in parts):
             if any(part.store.info.unusable for part in parts):
                 raise HyLoError("no training document can be used: none has a token that the loss is to predict")

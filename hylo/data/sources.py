@@ -13,6 +13,8 @@ from typing import Any
 from hylo.data.documents import Document, text_digest, unit_hash
 from hylo.data.sections import SourceSection
 from hylo.data.tables import documents_of, first_line, read_json_rows, read_parquet_rows, require_datasets, told
+from hylo.data.tokens import PREFIX as TOKENS
+from hylo.data.tokens import TokenFolder
 from hylo.errors import HyLoError
 from hylo.files import expand_user
 
@@ -76,6 +78,11 @@ class OpenSource:
     def name(self) -> str:
         return self.section.source
 
+    @property
+    def tokens(self) -> TokenFolder | None:
+        """Where the source is tokens, and no text."""
+        return TokenFolder(self.name) if self.name.startswith(TOKENS) else None
+
     def documents(self) -> Iterator[Document]:
         """As many as the recipe wants; those without text are left out."""
         documents = (document for document in self.read() if document.text.strip() or document.messages)
@@ -96,6 +103,10 @@ def open_source(source: str | SourceSection) -> OpenSource:
     if name.startswith("hf:"):
         hub = _HubDataset.named(section)
         return OpenSource(section, hub.read, hub.digest)
+    if name.startswith(TOKENS):
+        folder = TokenFolder(name)
+        folder.stores()
+        return OpenSource(section, lambda: _no_text(name), folder.digest)
     files = _find_files(name)
     return OpenSource(section, lambda: _read_files(files, section), lambda: _files_digest(files))
 
@@ -113,6 +124,10 @@ def read_documents(sources: Sequence[str | SourceSection]) -> list[Document]:
             raise HyLoError(f"no text in {opened.name}")
         documents += found
     return documents
+
+
+def _no_text(name: str) -> Iterator[Document]:
+    raise HyLoError(f"{name} holds tokens and no text; expected a source of text here")
 
 
 # Files.

@@ -104,6 +104,11 @@ class _Shard:
         return self.__dict__ | {"_arrays": {}}
 
 
+def find_shards(folder: Path) -> list[_Shard]:
+    """The shards of a store, in order. Raises HyLoError where one is damaged."""
+    return [_Shard(shard) for shard in sorted(folder.glob("[0-9]*"))]
+
+
 class TokenStore:
     """A source's documents as tokens, as far as they were asked for.
 
@@ -226,7 +231,7 @@ class StoreWriter:
         return TokenStore(shards, limit)
 
     def _found(self) -> list[_Shard]:
-        return [_Shard(folder) for folder in sorted(self.folder.glob("[0-9]*"))]
+        return find_shards(self.folder)
 
     def _suffices(self, shards: list[_Shard], limit: int | None) -> bool:
         if shards and shards[-1].info.complete:

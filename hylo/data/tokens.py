@@ -1,0 +1,73 @@
+"""Token stores that were made elsewhere: what `tokens:FOLDER` in a recipe stands for.
+
+A folder, or folders below it, hold what `hylo.data.store` describes, and beside the shards `store.json`, which says how
+the tokens were made. They are taken as they are: documents are neither tokenised nor kept apart from evaluation text.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hylo.data.encode import Encoder
+from hylo.data.store import TokenStore, find_shards
+from hylo.errors import HyLoError
+from hylo.files import expand_user, read_json, write_json
+
+PREFIX = "tokens:"
+_FILE = "store.json"
+
+
+def describe(folder: Path, encoder: Encoder) -> None:
+    """Writes beside the shards of a store how its tokens were made."""
+    write_json(folder / _FILE, encoder.settings())
+
+
+@dataclass(frozen=True)
+class TokenFolder:
+    """A source of tokens.
+
+    Attributes:
+        source: its name in the recipe, `tokens:FOLDER`.
+    """
+
+    source: str
+
+    def stores(self) -> list[Path]:
+        """The folders that hold shards. Raises HyLoError where there is none."""
+        root = expand_user(self.source.removeprefix(PREFIX))
+        found = sorted(path.parent for path in root.rglob(_FILE))
+        if not found:
+            raise HyLoError(f"{root} holds no tokens; expected a folder with {_FILE} and shards, at any depth")
+        return found
+
+    def open(self, encoder: Encoder) -> TokenStore:
+        """All of its documents.
+
+        Raises HyLoError where there is none, a shard is damaged, or the tokens are not of this tokenizer and recipe.
+        """
+        shards = []
+        for folder in self.stores():
+            _check(folder, read_json(folder / _FILE), encoder.settings())
+            shards += find_shards(folder)
+        if not shards:
+            raise HyLoError(f"{self.source} holds no shards of tokens")
+        return TokenStore(shards)
+
+    def digest(self) -> str:
+        """A hash over what the stores say of themselves, and the sizes of their files."""
+        digest = hashlib.sha256()
+        for folder in self.stores():
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                told_by = file.read_bytes() if file.suffix == ".json" else str(file.stat().st_size).encode()
+                digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.sha256(told_by).digest())
+        return digest.hexdigest()
+
+
+def _check(folder: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for key, value in wanted.items():
+        if made.get(key) != value:
+            of = "the base's tokenizer" if key in ("vocabulary", "start") else f"{key}: {json.dumps(value)}"
+            raise HyLoError(f"the tokens in {folder} were made otherwise; expected tokens of {of}")
