@@ -23,10 +23,12 @@ from hylo.errors import HyLoError
 from hylo.files import write_json
 from hylo.progress import bar
 
-# A group whose documents all go into the first pack: they are few, and made for what the others lack.
-_FIRST = ("exercises", "exercises-chats")
-# Of the first pack, for long documents.
-_LONG_SHARE = 0.4
+# Of a pack, for long documents at most.
+_LONG_SHARE = 0.5
+# Of the first pack, for exercises at most.
+_EXERCISES_SHARE = 0.15
+# How much more of what is scarce a pack takes than of what is plenty.
+_WEIGHTS = {"prose": 4.0, "manuals": 2.0, "api": 1.0, "code": 0.5}
 
 
 @dataclass(frozen=True)
@@ -42,47 +44,70 @@ class _Choice:
 
 
 def choose(stores: Sequence[StoredSource], pieces: int, tokens: int, seed: int) -> list[list[_Choice]]:
-    """Which documents go into which pack.
+    """Which documents go into which pack; none goes into two.
 
-    The first has all exercises, and of the long documents as many as make two fifths of it; the rest of it, and of the
-    others, has every source in proportion to what is left of it.
+    A pack takes long documents for half of it at most and exercises for 15 % at most, as far as there are any left, and
+    fills the rest from every source: by its size, and by how scarce text of its group is.
     """
     rng = np.random.default_rng(seed)
     left = {one.path: rng.permutation(one.store.documents) for one in stores}
     packs = []
-    for number in range(pieces):
-        taken: dict[str, list[NDArray[np.int64]]] = {one.path: [] for one in stores}
-        size = 0
-        if number == 0:
-            long_left = tokens * _LONG_SHARE
-            for one in stores:
-                if one.group in _FIRST:
-                    size += _take(one, left, taken, len(left[one.path]))
-            every = [(one, doc) for one in stores for doc in left[one.path] if one.store.lengths[doc] >= LONG]
-            for one, document in (every[at] for at in rng.permutation(len(every))):
-                if long_left <= 0:
-                    break
-                taken[one.path].append(np.array([document]))
-                left[one.path] = left[one.path][left[one.path] != document]
-                size += int(one.store.lengths[document])
-                long_left -= one.store.lengths[document]
-        there = sum(int(one.store.lengths[left[one.path]].sum()) for one in stores)
-        share = min(1.0, max(0, tokens - size) / there) if there else 0.0
-        for one in stores:
-            begins = np.cumsum(one.store.lengths[left[one.path]])
-            _take(one, left, taken, int(np.searchsorted(begins, share * begins[-1] + 1)) if len(begins) else 0)
+    for _ in range(pieces):
+        taken = {one.path: [np.empty(0, np.int64)] for one in stores}
+        size = _take_long(stores, left, taken, tokens * _LONG_SHARE, rng)
+        exercises = [one for one in stores if one.group not in _WEIGHTS]
+        size += _take_share(exercises, left, taken, _share(exercises, left, tokens * _EXERCISES_SHARE))
+        others = [one for one in stores if one.group in _WEIGHTS]
+        _take_share(others, left, taken, _share(others, left, tokens - size))
         # In the source's own order, in which neighbours resemble each other: that compresses better.
-        chosen = [_Choice(one, np.sort(np.concatenate(taken[one.path]))) for one in stores if taken[one.path]]
+        chosen = [_Choice(one, np.sort(np.concatenate(taken[one.path]))) for one in stores]
         packs.append([one for one in chosen if len(one.documents)])
     return packs
 
 
-def _take(
-    one: StoredSource, left: dict[str, NDArray[np.int64]], taken: dict[str, list[NDArray[np.int64]]], count: int
+Numbers = dict[str, NDArray[np.int64]]
+Taken = dict[str, list[NDArray[np.int64]]]
+
+
+def _take_long(
+    stores: Sequence[StoredSource], left: Numbers, taken: Taken, tokens: float, rng: np.random.Generator
 ) -> int:
-    chosen, left[one.path] = left[one.path][:count], left[one.path][count:]
-    taken[one.path].append(chosen)
-    return int(one.store.lengths[chosen].sum())
+    """Long documents of any source, until they have so many tokens; returns how many."""
+    every = [(one, document) for one in stores for document in left[one.path] if one.store.lengths[document] >= LONG]
+    size = 0
+    for one, document in (every[at] for at in rng.permutation(len(every))):
+        length = int(one.store.lengths[document])
+        if size + length > tokens:
+            continue
+        taken[one.path].append(np.array([document]))
+        left[one.path] = left[one.path][left[one.path] != document]
+        size += length
+    return size
+
+
+def _share(stores: Sequence[StoredSource], left: Numbers, tokens: float) -> dict[str, float]:
+    """Of each source, the share of what is left of it that makes so many tokens of all together."""
+    sizes = np.array([one.store.lengths[left[one.path]].sum() for one in stores], np.float64)
+    weights = np.array([_WEIGHTS.get(one.group, 1.0) for one in stores])
+    low, high = 0.0, 1.0 / weights.min() if len(weights) else 0.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        enough = (sizes * np.minimum(1.0, middle * weights)).sum() > tokens
+        low, high = (low, middle) if enough else (middle, high)
+    return {one.path: min(1.0, low * weight) for one, weight in zip(stores, weights, strict=True)}
+
+
+def _take_share(stores: Sequence[StoredSource], left: Numbers, taken: Taken, shares: dict[str, float]) -> int:
+    """The first documents of what is left of each source; returns how many tokens they have."""
+    size = 0
+    for one in stores:
+        lengths = one.store.lengths[left[one.path]]
+        # Those of which the middle lies in the share: neither more nor less on the whole.
+        count = int((np.cumsum(lengths) - lengths / 2 < shares[one.path] * lengths.sum()).sum())
+        taken[one.path].append(left[one.path][:count])
+        left[one.path] = left[one.path][count:]
+        size += int(lengths[:count].sum())
+    return size
 
 
 def write_packs(
