@@ -2,6 +2,7 @@
 
     OUTPUT/train/GROUP/SOURCE.jsonl.zst   rows of `name` and `text`, or `messages`
     OUTPUT/held-out/SOURCE.jsonl.zst      the same, kept for evaluation
+    OUTPUT/held-out-exercises/            and exercises on it
     OUTPUT/tokens/GROUP/SOURCE/           the training text as `hylo.data.store` keeps it
     OUTPUT/corpus.json                    what it is made of, and what was left out and why
     OUTPUT/.cache/                        packages, and what was read of them; may be removed
@@ -124,7 +125,7 @@ def build(
     there = [account for account in accounts if account.extracted is not None]
     if not there:
         raise HyLoError("none of the packages could be had")
-    for name in ("train", "held-out", "held-out-chats", "tokens"):
+    for name in ("train", "held-out", "held-out-exercises", "held-out-exercises-chats", "tokens"):
         shutil.rmtree(output / name, ignore_errors=True)
     sets = list(evaluations) if evaluations is not None else evaluation_sets()
     console.print(f"{len(sets)} evaluation sets", highlight=False)
@@ -236,3 +237,9 @@ def _drafts(account: SourceAccount) -> Iterator[Draft]:
 def is_held_out(name: str, spec: CorpusSpec) -> bool:
     """By its name alone: the same whatever else is in the corpus."""
     return unit_hash(name) < spec.held_out
+
+
+def training_files(output: Path) -> Iterator[tuple[str, Path]]:
+    """Group and file of each source of a corpus."""
+    for path in sorted((output / "train").glob(f"*/*{SUFFIX}")):
+        yield path.parent.name, path

@@ -62,7 +62,9 @@ class Cleaner:
         if not kept:
             losses.documents += 1
             return None
-        return "\n\n".join(kept)
+        text = "\n\n".join(kept)
+        # The end of a page and the beginning of the next may make a run that neither has.
+        return text if len(kept) == 1 else self._without_evaluation(Passage(text), losses)
 
     def _page(self, text: str, group: Group, losses: Losses) -> str | None:
         if len(text) < _LEAST_CHARACTERS:
@@ -82,12 +84,16 @@ class Cleaner:
             shorter = passage.without(known, _COPIED_PARAGRAPH)
             losses.lose("copied paragraphs", len(text) - len(shorter))
             passage = passage if shorter == text else Passage(shorter)
-        clean, runs = self.evaluation.clean(passage)
-        losses.runs.update(runs)
-        losses.lose("in evaluation text", len(passage.text) - len(clean))
+        clean = self._without_evaluation(passage, losses)
         if len(clean) < _LEAST_CHARACTERS:
             losses.lose("short", len(clean))
             return None
+        return clean
+
+    def _without_evaluation(self, passage: Passage, losses: Losses) -> str:
+        clean, runs = self.evaluation.clean(passage)
+        losses.runs.update(runs)
+        losses.lose("in evaluation text", len(passage.text) - len(clean))
         return clean
 
 

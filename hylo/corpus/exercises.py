@@ -17,6 +17,8 @@ _CHARACTERS_A_TOKEN = 3.9
 _CHARACTERS_A_SOURCE = 1_500_000
 _PARAGRAPH = (60, 1500)
 _HELD_OUT_SHARE = 0.01
+# Folders whose text is paragraphs.
+_DISTRACTING = ("prose", "manuals", "held-out")
 _INTRODUCTIONS = ("", "", "Read this text; questions on it follow.", "Here are some notes.", "# Notes")
 _FORMS = (("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("- ", "\n  "), ("> ", "\n\n"))
 
@@ -55,13 +57,14 @@ def write_exercises(spec: CorpusSpec, output: Path) -> dict[str, Any]:
     if not wanted.tokens:
         return {}
     told: dict[str, Any] = {}
-    for place, files, share in (
-        ("train/exercises", sorted((output / "train").glob(f"[mp]*/*{SUFFIX}")), 1.0),
-        ("held-out", sorted((output / "held-out").glob(f"*{SUFFIX}")), _HELD_OUT_SHARE),
+    for place, folder, share in (
+        ("train/exercises", output / "train" / "exercises", 1.0),
+        ("held-out", output / "held-out-exercises", _HELD_OUT_SHARE),
     ):
+        of = (output / place.split("/")[0]).rglob(f"*{SUFFIX}")
+        files = sorted(path for path in of if path.parent.name in _DISTRACTING)
         distractors = Distractors(list(_texts(files)))
         counts: Counter[str] = Counter()
-        folder = output / place
         with writing(folder / f"exercises{SUFFIX}") as texts, writing(_chats(folder)) as chats:
             for name, length, exercise, rng in _exercises(spec, distractors, share, place):
                 counts[f"{exercise.task}"] += 1

@@ -207,3 +207,12 @@ def _split(path: Path, target: Path, largest_bytes: int) -> list[dict[str, Any]]
             part.write_bytes(whole.read(each))
             files.append({"name": part.name, "bytes": part.stat().st_size})
     return files
+
+
+def pack_held_out(output: Path, target: Path) -> dict[str, Any]:
+    """Packs a corpus's held-out text, and the exercises on it, as text; returns the file's name and size."""
+    path = target / "held-out.tar.xz"
+    with tarfile.open(path, "w:xz") as archive:
+        for folder in sorted(output.glob("held-out*")):
+            archive.add(folder, folder.name)
+    return {"name": path.name, "bytes": path.stat().st_size}

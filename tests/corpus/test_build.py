@@ -90,12 +90,12 @@ def test_copies_and_exams_are_left_out(built: tuple[Path, dict[str, Any]]) -> No
 def test_the_split_is_by_document_and_shares_nothing(built: tuple[Path, dict[str, Any]]) -> None:
     output, told = built
     held_out, training = rows(output / "held-out"), rows(output / "train")
-    real = {name: text for name, text in held_out.items() if not name.startswith("exercises/")}
-    assert 3 <= len(real) < 60
-    assert not set(real) & set(training)
-    for text in real.values():
+    assert 3 <= len(held_out) < 60
+    assert not set(held_out) & set(training)
+    assert rows(output / "held-out-exercises")
+    for text in held_out.values():
         assert not any(shared_runs(text, other) for name, other in training.items() if "exercises" not in name)
-    assert sum(one["held_out_documents"] for one in told["sources"]) == len(real)
+    assert sum(one["held_out_documents"] for one in told["sources"]) == len(held_out)
     assert sum(one["documents"] for one in told["sources"]) + len(rows(output / "train" / "exercises")) == len(training)
 
 

@@ -95,6 +95,13 @@ def test_pages_of_a_manual_are_judged_one_by_one() -> None:
     assert kept == f"{prose(2)}\n\n{prose(3)}"
 
 
+def test_pages_that_are_joined_make_no_run() -> None:
+    words = prose(9).split()[:14]
+    pages = [f"{prose(1)}\n\n{' '.join(words[:7])}", f"{' '.join(words[7:])}\n\n{prose(2)}"]
+    kept = cleaner(" ".join(words)).clean(Draft("a", pages), "manuals", Losses())
+    assert kept == f"{prose(1)}\n\n{prose(2)}"
+
+
 def test_lists_and_foreign_text_are_no_prose() -> None:
     judge, losses = cleaner(), Losses()
     numbers = "\n".join(f"{i} {i * i} {i**3}" for i in range(300))

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from hylo.corpus.build import build
-from hylo.corpus.pack import write_packs
+from hylo.corpus.pack import pack_held_out, write_packs
 from hylo.corpus.spec import load_spec
 from hylo.corpus.tokens import StoredSource, base_tokenizer, tokenise, tokenise_file, totals
 from hylo.data.encode import Encoder
@@ -67,6 +67,7 @@ def _run(arguments: argparse.Namespace) -> None:
             stores, encoder, output / "packs", pieces=arguments.packs, tokens=arguments.pack_tokens, seed=spec.seed
         )
         told["packs"] = packs
+        told["held_out_pack"] = pack_held_out(output, output / "packs")
     write_json(output / "corpus.json", told)
     tokens, missing = told["tokens"], told["missing_packages"]
     console.print(
