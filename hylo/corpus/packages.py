@@ -2,9 +2,7 @@
 
 import fnmatch
 import hashlib
-import json
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -153,13 +151,3 @@ def _chooser(wanted: Sequence[str], skipped: Sequence[str]) -> Callable[[str], b
         return any(one.match(name) for one in yes) and not any(one.match(name) for one in no)
 
     return chosen
-
-
-def installed(name: str) -> bool:
-    """Whether a program is there."""
-    return shutil.which(name) is not None
-
-
-def metadata(archive: Archive) -> str:
-    """A name and version to tell archives by, for caches."""
-    return json.dumps([archive.path.name, archive.path.stat().st_size])
