@@ -1,6 +1,7 @@
 """`hylo eval` on a tiny hybrid and its base, through every suite; and what it refuses before any work."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -148,7 +149,6 @@ def settings(**changes: Any) -> Settings:
         ({"lengths": (512,), "chat": True}, "no chat template"),
         ({"data": "nowhere"}, "nowhere"),
         ({"suites": ("perplexity",), "text": ("nowhere.txt",)}, "nowhere.txt"),
-        ({"backend": "vllm"}, "vllm"),
     ],
 )
 def test_bad_input_is_told_before_weights_are_read(
@@ -158,6 +158,14 @@ def test_bad_input_is_told_before_weights_are_read(
     with pytest.raises(HyLoError, match=named) as raised:
         evaluate_models([str(base_folder)], settings(**changes))
     assert "\n" not in str(raised.value)
+
+
+def test_a_missing_vllm_is_told_before_weights_are_read(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "load_model", lambda *_: pytest.fail("weights were read"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
+    with pytest.raises(HyLoError, match="--backend vllm needs vllm, which is not installed"):
+        evaluate_models([str(base_folder)], settings(backend="vllm", lengths=(512,)))
 
 
 @pytest.mark.parametrize("suite", ["commonsense", "gsm8k"])
