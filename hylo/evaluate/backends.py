@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from hylo.errors import HyLoError
 from hylo.evaluate.engine import Engine, Row, Scored, context_limit
+from hylo.evaluate.quiet import quiet
 
 
 class Backend(Protocol):
@@ -74,10 +75,13 @@ class HarnessBackend:
     def answers(self, prompts: Sequence[str], new_tokens: int, *, special: bool, description: str) -> list[str]:
         # Prompts that bring their own first token are known to lm-eval by it, whatever `special` says.
         settings = {"until": [], "max_gen_toks": new_tokens, "do_sample": False, "temperature": 0.0}
-        return self.harness_model.generate_until(_instances("generate_until", [(p, settings) for p in prompts]))
+        asked = _instances("generate_until", [(prompt, settings) for prompt in prompts])
+        with quiet():
+            return self.harness_model.generate_until(asked)
 
     def loglikelihoods(self, pairs: Sequence[tuple[str, str]], description: str) -> list[Scored]:
-        return self.harness_model.loglikelihood(_instances("loglikelihood", list(pairs)))
+        with quiet():
+            return self.harness_model.loglikelihood(_instances("loglikelihood", list(pairs)))
 
 
 def _instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -89,6 +93,9 @@ def _instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
 def vllm_backend(folder: Path, max_length: int, dtype: str) -> HarnessBackend:
     """lm-eval's vLLM model. Raises HyLoError where vLLM is not installed, or does not take the model."""
     check_vllm()
+    from hylo.serve.installed import name_vllm
+
+    name_vllm()
     from lm_eval.models.vllm_causallms import VLLM
 
     try:

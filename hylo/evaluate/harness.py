@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from hylo.errors import HyLoError
 from hylo.evaluate.backends import Backend, cut_left
 from hylo.evaluate.data import LocalData, MissingDataError
 from hylo.evaluate.engine import Engine, context_limit
+from hylo.evaluate.quiet import quiet
 
 # The seven tasks of the published tables, 0-shot, and the metric that stands for each: the accuracy normalised by the
 # length of the choices wherever the harness has it.
@@ -114,34 +114,6 @@ def _load(names: list[str], **settings: Any) -> dict[str, Any]:
         except (KeyError, ValueError, OSError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise HyLoError(f"lm-eval cannot load {', '.join(names)} from these documents: {reason}") from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars and lines of lm-eval and datasets; this program has its own."""
-    import datasets
-    from tqdm import tqdm
-
-    names = ("lm_eval", "lm-eval", "datasets")
-    before = {name: logging.getLogger(name).level for name in names}
-    bars = datasets.are_progress_bars_disabled()
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    begin = tqdm.__init__
-
-    def silent(self: Any, *arguments: Any, **settings: Any) -> None:
-        begin(self, *arguments, **settings | {"disable": True})
-
-    tqdm.__init__ = silent
-    try:
-        yield
-    finally:
-        tqdm.__init__ = begin
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def run_tasks(
