@@ -8,9 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from hylo.errors import HyLoError
 from hylo.evaluate.engine import Engine, Row, Scored, context_limit
 from hylo.evaluate.quiet import quiet
+
+_CPU_MEMORY_SHARE = 0.3
 
 
 class Backend(Protocol):
@@ -98,8 +102,11 @@ def vllm_backend(folder: Path, max_length: int, dtype: str) -> HarnessBackend:
     name_vllm()
     from lm_eval.models.vllm_causallms import VLLM
 
+    # Of a GPU vLLM takes nearly all; of a CPU's memory it would too, and there others need some.
+    memory = {} if torch.cuda.is_available() else {"gpu_memory_utilization": _CPU_MEMORY_SHARE}
+    settings: dict[str, Any] = {"dtype": dtype, "max_model_len": max_length, "batch_size": "auto"} | memory
     try:
-        return HarnessBackend(VLLM(pretrained=str(folder), dtype=dtype, max_model_len=max_length, batch_size="auto"))
+        return HarnessBackend(VLLM(pretrained=str(folder), **settings))
     except (ValueError, RuntimeError) as error:
         raise HyLoError(f"vLLM does not take {folder}: {' '.join(str(error).split())[:200]}") from None
 
