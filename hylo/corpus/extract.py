@@ -42,8 +42,8 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Extracted:
-    """A source as it was read.
+class Reading:
+    """What there is to say of a source that was read.
 
     Attributes:
         package: with the version that was had.
@@ -53,7 +53,6 @@ class Extracted:
         thinned: documents that `keep` left out.
     """
 
-    path: Path
     package: str
     sha256: str
     archive_bytes: int
@@ -62,6 +61,13 @@ class Extracted:
     documents: int
     characters: int
     thinned: int
+
+
+@dataclass(frozen=True)
+class Extracted(Reading):
+    """A source as it was read, and where it is kept."""
+
+    path: Path
 
     def drafts(self) -> Iterator[Draft]:
         for row in reading(self.path):
@@ -114,21 +120,9 @@ def _extract(source: PackageSource, cache: Path, path: Path) -> dict[str, str | 
         return asdict(_write(source, path, pages, package, archive.sha256(), size, len(files)))
 
 
-@dataclass(frozen=True)
-class _Written:
-    package: str
-    sha256: str
-    archive_bytes: int
-    files: int
-    pages: int
-    documents: int
-    characters: int
-    thinned: int
-
-
 def _write(
     source: PackageSource, path: Path, pages: Iterable[Page], package: str, sha256: str, size: int, files: int
-) -> _Written:
+) -> Reading:
     counted = _Counted(pages)
     thinned = characters = 0
     with writing(path) as rows:
@@ -140,7 +134,7 @@ def _write(
                 thinned += 1
     if not rows.rows:
         raise HyLoError(f"{source.title}: there is no text in its files")
-    return _Written(package, sha256, size, files, counted.pages, rows.rows, characters, thinned)
+    return Reading(package, sha256, size, files, counted.pages, rows.rows, characters, thinned)
 
 
 def _kept(source: PackageSource, name: str) -> bool:

@@ -66,7 +66,11 @@ class TokenFolder:
         return digest.hexdigest()
 
 
-def _check(folder: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check(folder: Path, made: Any, wanted: Mapping[str, Any]) -> None:
+    if not isinstance(made, dict):
+        raise HyLoError(
+            f"{folder / _FILE} does not say how its tokens were made; expected an object with {', '.join(wanted)}"
+        )
     for key, value in wanted.items():
         if made.get(key) != value:
             of = "the base's tokenizer" if key in ("vocabulary", "start") else f"{key}: {json.dumps(value)}"

@@ -58,7 +58,7 @@ def _share(size: int, gpus: int) -> int:
 
 def _by_heads(size: int, heads: int, gpus: int) -> int:
     """What the GPU with the most heads holds of `heads` equal parts."""
-    return size // heads * _share(heads, gpus)
+    return _share(size * _share(heads, gpus), heads)
 
 
 def _state_bytes(model: ModelPlan, serving: Serving) -> int:

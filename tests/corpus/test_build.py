@@ -229,6 +229,9 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     store.write_text(json.dumps(read_json(store) | {"vocabulary": "other"}))
     with pytest.raises(HyLoError, match="expected tokens of the base's tokenizer"):
         corpus.check()
+    store.write_text("[]")
+    with pytest.raises(HyLoError, match=r"store\.json does not say how its tokens were made"):
+        corpus.check()
     alone = Corpus(DataSection.model_validate({"train": [source]}), make_tokenizer, cache=tmp_path)
     with pytest.raises(HyLoError, match="hold no text to evaluate on; give some with eval:"):
         alone.check()

@@ -48,6 +48,15 @@ def test_cache_and_state_are_what_generation_holds() -> None:
     assert (parts["cache"], parts["state"]) == (held.token_bytes(), held.state_bytes())
 
 
+def test_a_state_that_no_head_divides_is_counted_whole() -> None:
+    """Seven query heads share the convolved key and value of one."""
+    sizes = {"num_attention_heads": 7, "num_key_value_heads": 1}
+    geometry = {"mamba2": {"num_heads": 7, "num_kv_heads": 1, "head_dim": 8}}
+    config = plain_config(["mamba2"], mixer_geometry=geometry, **sizes)
+    assert config.state_bytes() % 7
+    assert inference_memory(plan_model(config), 20, Serving())["state"] == config.state_bytes()
+
+
 def test_gpus_share_what_can_be_shared() -> None:
     hybrid, dense = pair()
     one, four = (inference_memory(hybrid, 64 * K, Serving(gpus=gpus)) for gpus in (1, 4))
