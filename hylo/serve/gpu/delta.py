@@ -89,21 +89,25 @@ def decode(
     Returns:
         `[B, H, V]`.
     """
+    # One batch of B sequences of one token, as vLLM's own layers call it: the kernel is compiled anew for each size of
+    # batch, and not for each number of sequences.
+    offsets = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
     out, _ = fused_sigmoid_gating_delta_rule_update(
         A_log=A_log,
-        a=decays[:, None],
-        b=b[:, None],
+        a=decays[None],
+        b=b[None],
         dt_bias=dt_bias,
-        q=q[:, None],
-        k=k[:, None],
-        v=v[:, None],
+        q=q[None],
+        k=k[None],
+        v=v[None],
         initial_state=state,
         inplace_final_state=True,
+        cu_seqlens=offsets,
         ssm_state_indices=slots,
         use_qk_l2norm_in_kernel=True,
         is_kda=decays.dim() == 3,
     )
-    return out[:, 0]
+    return out[0]
 
 
 def prefill(
