@@ -20,6 +20,7 @@ from hylo.data.held_out import hold_out, without_overlap
 from hylo.data.sources import read_documents
 from hylo.data.windows import make_windows
 from hylo.evaluate.agreement import evaluate, make_reference
+from hylo.evaluate.layers import each_layer_alone, mixer_errors
 from hylo.mixers.mla import MLAGeometry
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.upcycle.activations import AttentionStatistics, AttentionWeights
@@ -70,6 +71,10 @@ def main() -> None:
     parser.add_argument("--evaluation-tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--ridge", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument(
+        "--layers", action="store_true", help="also of each layer: its mixer's held-out error, and the KL of it alone"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "initialisation-cpu.json")
     args = parser.parse_args()
     device, rows = default_device(), []
@@ -81,7 +86,9 @@ def main() -> None:
 
         def batches(documents: list[Any], tokens: int) -> list[dict[str, torch.Tensor]]:
             windows = make_windows(documents, tokenizer, args.length, limit_tokens=tokens)
-            return [{name: value.to(device) for name, value in batch.items()} for batch in windows.batches(2)]
+            return [
+                {name: value.to(device) for name, value in batch.items()} for batch in windows.batches(args.batch_size)
+            ]
 
         text, unseen = (
             batches(without_overlap(documents, held_out), args.tokens),
@@ -99,7 +106,7 @@ def main() -> None:
                 mla: dict[str, Any] = dict(MLA)
                 if pairs == "gain":
                     if gaining is None:
-                        count = max(1, args.pair_tokens // (2 * args.length))
+                        count = max(1, args.pair_tokens // (args.batch_size * args.length))
                         gaining = best_pairs(teacher, text[:count], MLAGeometry(64, 32, 32, 64))
                     mla["rope_pairs"] = gaining
                 elif pairs is None:
@@ -113,6 +120,11 @@ def main() -> None:
                 seconds = time.perf_counter() - began
                 scores = evaluate(student, unseen, reference)
                 rows.append({"layout": layout, "method": name, "seconds": round(seconds, 1), **scores.as_dict()})
+                if args.layers:
+                    rows[-1]["mixer_errors"] = [round(error, 4) for error in mixer_errors(student, teacher, unseen)]
+                    if not method.get("calibrate", {}).get("sequential"):
+                        alone = each_layer_alone(student, teacher, unseen, reference)
+                        rows[-1]["alone_kl"] = [round(kl, 4) for kl in alone]
                 print(rows[-1], flush=True)
                 settings = {key: value for key, value in vars(args).items() if key != "output"}
                 result = {**circumstances(), "base": BASE, "settings": settings, "rope_pairs": gaining, "rows": rows}

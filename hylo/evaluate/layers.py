@@ -154,6 +154,37 @@ def each_layer_alone(
     return losses
 
 
+@torch.no_grad()
+def mixer_errors(
+    student: HyLoForCausalLM, teacher: PreTrainedModel, batches: Sequence[dict[str, Tensor]]
+) -> list[float]:
+    """Of each layer, on the teacher's input: the squared error of the mixer's output, as a share of the teacher's own.
+
+    Args:
+        batches: input_ids and attention_mask, `[B, T]` each; text that calibration did not use.
+    """
+    entered = [enter_layers(teacher, batch) for batch in batches]
+    hidden = [states for states, _ in entered]
+    contexts = [
+        student.model.mixing_context(states, batch["attention_mask"])
+        for states, batch in zip(hidden, batches, strict=True)
+    ]
+    errors: list[float] = []
+    for layer, teacher_layer in zip(student.model.decoder_layers, layers_of(teacher), strict=True):
+        sums = torch.zeros(2, dtype=torch.float64)
+        for i, (batch, context) in enumerate(zip(batches, contexts, strict=True)):
+            mixed = layer.mixer(
+                layer.input_layernorm(hidden[i]), **context.arguments(layer.mixer), past_key_values=None
+            )
+            target, hidden[i] = step_layer(teacher_layer, hidden[i], entered[i][1])
+            real = batch["attention_mask"].bool()
+            sums += torch.stack(
+                [(mixed - target)[real].double().square().sum(), target[real].double().square().sum()]
+            ).cpu()
+        errors.append((sums[0] / sums[1]).item())
+    return errors
+
+
 def mla_share(config: HyLoConfig) -> float:
     """What one MLA layer of a hybrid's geometry caches, as a share of what all layers of its base do."""
     return mixer_class("mla").cache_elements_per_token(config) / config.base_cache_elements_per_token

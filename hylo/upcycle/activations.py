@@ -15,6 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+# How many scores are held at a time, on a CPU and on a GPU; of one head at least.
+_SCORES_TOGETHER = (2**18, 2**26)
+
 
 @dataclass(frozen=True)
 class AttentionWeights:
@@ -128,25 +131,27 @@ class AttentionStatistics:
             hidden |= distance >= weights.window
         self.inputs += x.T @ x
         received = x.new_zeros(length)
-        for head in range(len(weights.query)):
-            group = head // weights.groups
-            query = x @ weights.query[head].T + weights.query_bias[head]
-            key = x @ weights.key[group].T + weights.key_bias[group]
+        # Many heads at once on a GPU, which is slow at many small steps; one on a CPU, whose caches are small.
+        together = max(1, _SCORES_TOGETHER[x.device.type == "cuda"] // length**2)
+        for heads in torch.arange(len(weights.query), device=x.device).split(together):
+            groups = heads // weights.groups
+            query = x @ weights.query[heads].mT + weights.query_bias[heads][:, None]
+            key = x @ weights.key[groups].mT + weights.key_bias[groups][:, None]
             # Of values only differences count, and a bias has none.
-            value = x @ weights.value[group].T
-            scores = (_turned(query, turn) @ _turned(key, turn).T) * weights.scale
+            value = x @ weights.value[groups].mT
+            scores = (_turned(query, turn) @ _turned(key, turn).mT) * weights.scale
             attention = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-            mean, metric = attention @ value, weights.output_metric[head]
+            mean, metric = attention @ value, weights.output_metric[heads]
             sizes = (value @ metric * value).sum(-1), (mean @ metric * mean).sum(-1)
-            moved = (sizes[0] + sizes[1][:, None] - 2 * (mean @ metric) @ value.T).clamp_min(0)
-            cost = attention.square() * moved
-            sent = cost.sum(1)
-            received += cost.sum(0)
-            self.cost[head] += sent.sum()
-            self.queries[head] += (query * sent[:, None]).T @ query
+            moved = (sizes[0][:, None] + sizes[1][..., None] - 2 * (mean @ metric) @ value.mT).clamp_min_(0)
+            cost = moved.mul_(attention.square())
+            sent = cost.sum(2)
+            received += cost.sum((0, 1))
+            self.cost[heads] += sent.sum(1)
+            self.queries[heads] += (query * sent[..., None]).mT @ query
             past = torch.complex(cost @ turn.real, -(cost @ turn.imag))
-            self.rotation[head] += (turn * past).sum(0)
-            read = attention @ x
+            self.rotation[heads] += (turn * past).sum(1)
+            read = (attention @ x).flatten(0, 1)
             self.read += read.T @ read
         self.keys += (x * received[:, None]).T @ x
 

@@ -15,7 +15,7 @@ from hylo.commands.layout import parse_share, register
 from hylo.data.documents import Document
 from hylo.data.windows import Windows, make_windows
 from hylo.evaluate.agreement import evaluate, make_reference
-from hylo.evaluate.layers import Evidence, index_layout, measure_layers, mla_layers_within
+from hylo.evaluate.layers import Evidence, index_layout, measure_layers, mixer_errors, mla_layers_within
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.upcycle.bases import load_model
 from hylo.upcycle.calibrate import calibrate
@@ -107,3 +107,16 @@ def test_the_command_prints_a_layout(tmp_path: Path) -> None:
         refused = CliRunner().invoke(app, [*arguments, *bad])
         assert refused.exit_code and refused.exception is not None
         assert re.search(message, str(refused.exception)), refused.exception
+
+
+@torch.no_grad()
+def test_mixer_errors_are_shares_of_the_teachers_output(tmp_path: Path) -> None:
+    """Zero for attention that is kept, one for a mixer that says nothing, four for one that says the opposite."""
+    base = write_base(tmp_path / "base")
+    convert_base(base, tmp_path / "hybrid", "4ATT")
+    teacher, student = (load_model(tmp_path / name, torch.float32) for name in ("base", "hybrid"))
+    assert isinstance(student, HyLoForCausalLM)
+    student.model.layers[1].mixer.o_proj.weight.zero_()
+    student.model.layers[2].mixer.o_proj.weight.neg_()
+    errors = mixer_errors(student, teacher, windows_of(8, 9).batches(2))
+    assert errors == pytest.approx([0, 1, 4, 0], abs=1e-5)
