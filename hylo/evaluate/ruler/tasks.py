@@ -264,7 +264,8 @@ def _common_words(material: Material, rng: random.Random, units: int, length: in
     short = length < 4096
     example, answer = _common_list(rng, *((20, 3, 1) if short else (40, 10, 3)))
     question, common = _common_list(rng, units, *((6, 1) if short else (30, 3)))
-    return Draft(f"{example} {_COMMON_PREFIX} {_numbered(answer)}\n{question}", _COMMON_PREFIX, common)
+    # Without a space before the worked answer, as in RULER.
+    return Draft(f"{example} {_COMMON_PREFIX}{_numbered(answer)}\n{question}", _COMMON_PREFIX, common)
 
 
 _FREQUENT_TEMPLATE = (
