@@ -3,7 +3,6 @@
 vLLM's own gather knows two sizes of latents; this one takes any, and may begin at any token of a page.
 """
 
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,22 +57,22 @@ def gather_latents_reference(
 
 @triton.jit
 def _gather(
-    cache: Any,
-    block_table: Any,
-    token_to_seq: Any,
-    cu_seqlens: Any,
-    starts: Any,
-    output: Any,
-    rows: Any,
-    block_size: Any,
-    page_stride: Any,
-    token_stride: Any,
-    table_stride: Any,
-    output_stride: Any,
+    cache,
+    block_table,
+    token_to_seq,
+    cu_seqlens,
+    starts,
+    output,
+    rows,
+    block_size,
+    page_stride,
+    token_stride,
+    table_stride,
+    output_stride,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, PADDED)
     inside = row < rows
