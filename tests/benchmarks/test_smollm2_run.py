@@ -1,0 +1,101 @@
+"""The bars that SmolLM2's recipe is held against, and what its figures are read from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from smollm2 import BARS, figures, recipe_values, rise, scores_of, verdicts
+
+from hylo.distill.recipe import parse_recipe
+from hylo.errors import HyLoError
+
+BASE = {"commonsense": 0.5, "perplexity": 10.0, "ruler-4096": 0.4, "ruler-16384": 0.02, "ruler-32768": 0.0}
+
+
+def held(base: dict[str, float | None], hybrid: dict[str, float | None]) -> dict[str, Any]:
+    rows = verdicts(base, hybrid, {})
+    return {key: row for (key, *_), row in zip(BARS, rows, strict=True)}
+
+
+def test_bars_on_both_sides() -> None:
+    good = {"cache": 0.0667, "commonsense": 0.485, "perplexity": 10.8, "ruler-4096": 0.34, "ruler-16384": 0.04}
+    rows = held(BASE, good | {"rise-essays": 1.1})
+    for key in [*good, "rise-essays"]:
+        assert rows[key]["holds"] is True, key
+    assert rows["commonsense"]["value"] == pytest.approx(0.97)
+    assert rows["cache"]["value"] == 0.0667
+    bad = {"cache": 0.0701, "commonsense": 0.48, "perplexity": 10.9, "ruler-4096": 0.33, "ruler-16384": 0.03}
+    rows = held(BASE, bad | {"rise-essays": 1.2})
+    for key in [*bad, "rise-essays"]:
+        assert rows[key]["holds"] is False, key
+
+
+def test_what_is_not_measured_is_no_verdict() -> None:
+    assert all(row["holds"] is None and row["value"] is None for row in held({}, {}).values())
+    # Without the base a share is none; what is absolute is judged.
+    rows = held({}, {"cache": 0.05, "commonsense": 0.5})
+    assert (rows["cache"]["holds"], rows["commonsense"]["holds"]) == (True, None)
+
+
+def test_a_base_that_scores_nothing_is_no_divisor() -> None:
+    rows = held(BASE, {"ruler-32768": 0.1})
+    assert (rows["ruler-32768"]["value"], rows["ruler-32768"]["holds"]) == (None, True)
+    # Twice nothing is not enough.
+    assert held(BASE, {"ruler-32768": 0.0})["ruler-32768"]["holds"] is False
+
+
+def test_the_control_is_told_as_the_hybrid_is() -> None:
+    row = verdicts(BASE, {"commonsense": 0.5}, {"commonsense": 0.4})[1]
+    assert (row["value"], row["control"]) == (1.0, pytest.approx(0.8))
+
+
+def test_a_curve_that_rises_past_8k() -> None:
+    places = [{"start": start, "tokens": 1024, "nats": 2.0} for start in range(0, 32768, 1024)]
+    assert rise(places) == pytest.approx(1.0)
+    # The first 2K tokens, which have little before them, are not what the rest is measured by.
+    places[0]["nats"] = 9.0
+    assert rise(places) == pytest.approx(1.0)
+    for place in places[8:]:
+        place["nats"] = 2.0 + 0.6931
+    assert rise(places) == pytest.approx(2.0, rel=1e-3)
+    assert rise(places[:8]) is None
+
+
+def test_scores_are_gathered_from_jobs_that_ended(tmp_path: Path) -> None:
+    def write(name: str, suites: dict[str, Any], ended: bool = True) -> None:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"results": [{"suites": suites}]}))
+        if ended:
+            (folder / "job.json").write_text("{}")
+
+    places = [{"start": start, "tokens": 1024, "nats": 2.0, "perplexity": 7.4} for start in range(0, 16384, 1024)]
+    write("ruler-16384", {"ruler": {"lengths": {"16384": {"mean": {"value": 0.1}}}}})
+    write("ruler-4096", {"ruler": {"lengths": {"4096": {"mean": {"value": 0.3}}}}})
+    write("ruler-8192", {"ruler": {"lengths": {"8192": {"mean": {"value": 0.2}}}}}, ended=False)
+    write("short", {"perplexity": {"perplexity": 9.0, "positions": places[:2]}})
+    write("positions-held-out", {"perplexity": {"perplexity": 8.0, "positions": places}})
+    write("commonsense", {"commonsense": {"mean": {"value": 0.4}}})
+    write("bits", {"gsm8k": {"bits_per_byte": {"value": 0.9}}})
+    scores = scores_of(tmp_path)
+    assert list(scores["ruler"]) == ["4096", "16384"]
+    assert scores["gsm8k_bits_per_byte"] == {"value": 0.9}
+    assert figures(scores) == {
+        "commonsense": 0.4,
+        "perplexity": 9.0,
+        "ruler-4096": 0.3,
+        "ruler-16384": 0.1,
+        "rise-held-out": pytest.approx(1.0),
+    }
+
+
+def test_tokens_are_scaled_and_unknown_recipes_refused() -> None:
+    whole, tenth = (parse_recipe(recipe_values("hybrid", scale, ["seed=3"])) for scale in (1, 0.1))
+    assert tenth.seed == 3
+    for one, other in zip(whole.stages, tenth.stages, strict=True):
+        assert other.tokens == pytest.approx(0.1 * one.tokens, abs=1)
+    with pytest.raises(HyLoError, match="no recipe 'nothing'"):
+        recipe_values("nothing", 1, [])
+    with pytest.raises(HyLoError, match="less than one step"):
+        recipe_values("hybrid", 1e-4, [])
