@@ -81,7 +81,8 @@ class StageSection(Section):
         cross_entropy: weight of the cross-entropy of the next token, added to the KL of a `kl` stage.
         teacher_length: tokens of a document that the teacher of a `kl` stage reads; those beyond are learnt by
             cross-entropy alone. By default what the teacher was made for.
-        optimizer: `adamw`, or `adamw_8bit` with moments in 8 bits (needs torchao).
+        optimizer: `adamw`; `adamw_8bit` with moments in 8 bits (needs torchao); or `muon`, which is Muon for the linear
+            maps of replaced mixers and AdamW for the rest.
         mlp_chunk: tokens that pass an MLP at a time, which is then made again in the backward pass.
         offload: what waits in the CPU's memory: `activations` between forward and backward pass; the `teacher`, on one
             GPU.
@@ -102,7 +103,7 @@ class StageSection(Section):
     rope_scaling: RopeScalingSection | None = None
     cross_entropy: Number = Field(default=0.0, ge=0)
     teacher_length: Length | None = None
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     mlp_chunk: Positive | None = None
     offload: list[Literal["activations", "teacher"]] = Field(default_factory=list)
 

@@ -18,6 +18,7 @@ from hylo.distill.context import set_context
 from hylo.distill.engine import StageCallback, StageTrainer
 from hylo.distill.flops import device_peak_flops, flops_per_token
 from hylo.distill.guards import Guard
+from hylo.distill.muon import muon_for
 from hylo.distill.offload import stream_from_cpu
 from hylo.distill.progress import Speed, StageMonitor, read_metrics
 from hylo.distill.recipe import CheckpointsSection, Recipe, StageSection
@@ -31,8 +32,8 @@ from hylo.modeling import HyLoForCausalLM
 from hylo.progress import console
 from hylo.upcycle.families import FAMILIES
 
-# By transformers' names.
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit"}
+# By transformers' names; `muon` is our own, and takes the place of the one named here.
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit", "muon": "adamw_torch_fused"}
 # Of a stage, evenly.
 _LOGGED_STEPS = 100
 
@@ -150,6 +151,9 @@ def train_stage(
             "monitor": monitor,
             "checkpoints": carrying.checkpoints,
         }
+        if stage.optimizer == "muon":
+            betas = (arguments.adam_beta1, arguments.adam_beta2)
+            options["optimizers"] = (muon_for(student, stage.learning_rate, stage.weight_decay, betas), None)
         trainer: StageTrainer
         if stage.objective == "layerwise":
             trainer = _Layerwise(**options)

@@ -17,8 +17,8 @@ from hylo.plan.quantities import format_tokens
 from hylo.plan.workspace import SOFTMAX_MIXERS, STATE_CHUNK, Chunk, head_sizes, linear_sizes, prefill_workspace
 
 _MASTER = 4
-# AdamW's two, in float32 or in 8 bits with a scale for each 256.
-_MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256}
+# AdamW's two, in float32 or in 8 bits with a scale for each 256; Muon has one, and AdamW's for all but mixers.
+_MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256, "muon": 8.0}
 _MOST_GPUS = 1024
 
 
