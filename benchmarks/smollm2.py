@@ -164,7 +164,8 @@ def evaluate(models: Mapping[str, tuple[str, str]], folder: Path, arguments: arg
         if result.is_file() and marker.is_file() and read_json(marker)["told_by"] == told_by:
             continue
         result.parent.mkdir(parents=True, exist_ok=True)
-        result.unlink(missing_ok=True)
+        for stale in (result, marker):
+            stale.unlink(missing_ok=True)
         done[job.name] = (marker, told_by)
         waiting.append(job)
 
@@ -327,7 +328,9 @@ def plot(training: Mapping[str, Any], scores: Mapping[str, Any], path: Path) -> 
             ruler.plot(*zip(*points, strict=True), "o-", color=colours.get(name), label=name)
     positions.set(title="perplexity by position", xlabel="position", ylabel="perplexity", yscale="log")
     ruler.set(title="RULER", xlabel="tokens", ylabel="mean score", ylim=(0, None))
+    lengths = sorted({int(length) for own in scores.values() for length in own["ruler"]})
     ruler.set_xscale("log", base=2)
+    ruler.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
     for axes in (layerwise, kl, positions, ruler):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
