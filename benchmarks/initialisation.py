@@ -40,6 +40,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "aligned, output": {"pairs": "fastest", "calibrate": {"sequential": False}},
     "aligned, output sequential": {"pairs": "fastest", "calibrate": {"sequential": True}},
     "latents, output": {"pairs": "fastest", "calibrate": {"sequential": False, "latents": True}},
+    "latents, gates, output": {
+        "pairs": "fastest",
+        "calibrate": {"sequential": False, "latents": True, "gates": True},
+    },
+    "latents, pairs, gates, output": {
+        "pairs": "gain",
+        "calibrate": {"sequential": False, "latents": True, "gates": True},
+    },
     "latents, pairs, output": {"pairs": "gain", "calibrate": {"sequential": False, "latents": True}},
     "latents, pairs, output sequential": {"pairs": "gain", "calibrate": {"sequential": True, "latents": True}},
 }

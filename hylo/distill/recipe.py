@@ -23,7 +23,7 @@ Length = Annotated[int, Field(gt=1)]
 
 
 class CalibrationSection(Section):
-    """Closed-form solution of the output projections.
+    """Closed-form solution of the output projections, and of more where asked for.
 
     Attributes:
         tokens: how much text.
@@ -32,6 +32,7 @@ class CalibrationSection(Section):
         ridge: the penalty, relative to the mean square of a feature.
         sequential: each layer on the student's own hidden states, rather than the teacher's.
         latents: make the queries, latents and rotary keys of MLA layers from the teacher's attention on that text.
+        gates: set output gates and value convolutions of linear layers from it as well.
     """
 
     tokens: Positive = 200_000
@@ -40,6 +41,7 @@ class CalibrationSection(Section):
     ridge: Number = Field(default=1e-3, gt=0)
     sequential: bool = True
     latents: bool = False
+    gates: bool = False
 
 
 class RopeScalingSection(Section):

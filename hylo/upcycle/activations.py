@@ -93,6 +93,8 @@ class AttentionStatistics:
         keys: sum of w x x^T over keys, all heads together, `[d, d]`, x the layer's normed input.
         read: sum over queries and heads of z z^T, `[d, d]`, z = sum_j p_tj x_j: what reaches the values.
         inputs: sum of x x^T, `[d, d]`.
+
+    A token that is alone sees itself: z = x, and no error of a score costs anything.
     """
 
     def __init__(self, weights: AttentionWeights) -> None:
@@ -103,6 +105,14 @@ class AttentionStatistics:
         self.queries = like.new_zeros(heads, head_dim, head_dim)
         self.rotation = like.new_zeros(heads, head_dim // 2, dtype=torch.complex128)
         self.keys, self.read, self.inputs = (like.new_zeros(hidden, hidden) for _ in range(3))
+
+    @torch.no_grad()
+    def add_alone(self, inputs: Tensor, weight: float = 1.0) -> None:
+        """Tokens that are alone, each a text of its own, `[N, d]`; each counts `weight` times."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            gram = (inputs.float().T @ inputs.float()).double() * weight
+            self.inputs += gram
+            self.read += gram * len(self.weights.query)
 
     @torch.no_grad()
     def add(self, inputs: Tensor, mask: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
@@ -124,11 +134,7 @@ class AttentionStatistics:
     def _add_sequence(self, x: Tensor, turn: Tensor) -> None:
         """x `[T, d]`, turn complex `[T, hd / 2]`."""
         weights, length = self.weights, len(x)
-        distance = torch.arange(length, device=x.device)
-        distance = distance[:, None] - distance
-        hidden = distance < 0
-        if weights.window is not None:
-            hidden |= distance >= weights.window
+        hidden = _unseen(length, weights.window, x.device)
         self.inputs += x.T @ x
         received = x.new_zeros(length)
         # Many heads at once on a GPU, which is slow at many small steps; one on a CPU, whose caches are small.
@@ -154,6 +160,46 @@ class AttentionStatistics:
             read = (attention @ x).flatten(0, 1)
             self.read += read.T @ read
         self.keys += (x * received[:, None]).T @ x
+
+
+class LagStatistics:
+    """How much attention each head of a layer pays to tokens at distances 0 to `count` - 1, on text."""
+
+    def __init__(self, weights: AttentionWeights, count: int) -> None:
+        self.weights = weights
+        self.mass = torch.zeros(len(weights.query), count, dtype=torch.float64, device=weights.query.device)
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, mask: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
+        """More text, as `AttentionStatistics.add`. The first `count` tokens are left out: they see no further."""
+        weights, count = self.weights, self.mass.shape[1]
+        groups = torch.arange(len(weights.query), device=inputs.device) // weights.groups
+        with torch.autocast(inputs.device.type, enabled=False):
+            cos, sin = (x.float().expand(len(inputs), -1, -1) for x in position_embeddings)
+            half = cos.shape[-1] // 2
+            turn = torch.complex(cos[..., :half], sin[..., :half])[:, None]
+            x = inputs.float()[:, None]
+            query = _turned(x @ weights.query.mT + weights.query_bias[:, None], turn)
+            key = _turned(x @ weights.key.mT + weights.key_bias[:, None], turn)
+            for head, group in enumerate(groups.tolist()):
+                scores = query[:, head] @ key[:, group].mT * weights.scale
+                attention = scores.masked_fill_(_unseen(scores.shape[-1], weights.window, x.device), -torch.inf)
+                attention = attention.softmax(-1)
+                for lag in range(count):
+                    at = attention.diagonal(-lag, 1, 2)[:, count - lag :]
+                    self.mass[head, lag] += (at * mask[:, count:]).sum()
+
+    @property
+    def shares(self) -> Tensor:
+        """`[H, count]`, each head's sum one."""
+        return self.mass / self.mass.sum(1, keepdim=True).clamp_min(1e-30)
+
+
+def _unseen(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys a query does not see, bool `[T, T]`."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions
+    return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 
 def as_complex(values: Tensor, dim: int = -1) -> Tensor:

@@ -8,13 +8,18 @@ f_t the student mixer's features before the projection, a_t the teacher's mixer 
 solved in order. With `sequential`, the features of a layer come from the student's own hidden states, with the layers
 below already solved, so that a layer makes up for what those got wrong; otherwise from the teacher's.
 
+A text's first token is the sink of attention in most models, and bears massive activations that all other tokens lean
+on (arXiv 2402.17762): where its mixer outputs are off, these are never made, and the whole text is lost. It is one in
+a thousand, and each text has another. So tokens of the text are read alone as well, each as a first token, and count.
+
 F^T F and F^T A are all that the solution needs: they are summed in float64 over the text, batch by batch.
 
 With `latents`, what stands before the projection in MLA layers is made anew as well, from what the teacher's attention
 does on the text (`hylo.upcycle.initialise.activation`), before the projection is solved.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +29,21 @@ from transformers import PreTrainedModel
 
 from hylo.data.windows import Windows
 from hylo.errors import HyLoError
+from hylo.mixers.mamba2 import Mamba2
 from hylo.mixers.mla import MultiHeadLatentAttention
 from hylo.modeling import HyLoDecoderLayer, HyLoForCausalLM, MixingContext
 from hylo.precision import autocast, default_device
 from hylo.progress import bar
-from hylo.upcycle.activations import AttentionStatistics, AttentionWeights
+from hylo.upcycle.activations import AttentionStatistics, AttentionWeights, LagStatistics
 from hylo.upcycle.bases import load_model, save_checkpoint
 from hylo.upcycle.initialise.activation import ActivationDecomposition
+from hylo.upcycle.initialise.gates import GateStatistics, conv_size, has_gates, set_value_taps
+from hylo.upcycle.ridge import RidgeRegression
 from hylo.upcycle.trace import enter_layers, layers_of, mixer_of, step_layer
 
-
-class RidgeRegression:
-    """Least squares with an L2 penalty, from sums over batches."""
-
-    def __init__(self) -> None:
-        self._gram: Tensor | None = None
-        self._cross: Tensor | None = None
-
-    def add(self, features: Tensor, targets: Tensor) -> None:
-        """`[N, F]` and `[N, D]`. Products in float32 whatever autocast says: squared features need the digits."""
-        with torch.autocast(features.device.type, enabled=False):
-            features, targets = features.float(), targets.float()
-            gram, cross = (features.T @ features).double(), (features.T @ targets).double()
-        self._gram = gram if self._gram is None else self._gram + gram
-        self._cross = cross if self._cross is None else self._cross + cross
-
-    def solve(self, penalty: float) -> Tensor:
-        """W `[D, F]`, float64; the penalty is relative to the mean square of the features.
-
-        Raises HyLoError where features or targets are not finite, or all features are zero.
-        """
-        assert self._gram is not None and self._cross is not None
-        if not torch.isfinite(self._gram).all() or not torch.isfinite(self._cross).all() or not self._gram.any():
-            raise HyLoError("calibration: a layer's values are not finite or all zero; are the base's weights sound?")
-        size = self._gram.shape[0]
-        ridge = penalty * self._gram.diagonal().mean() * torch.eye(size, dtype=torch.float64, device=self._gram.device)
-        return torch.linalg.solve(self._gram + ridge, self._cross).T
+# About how many tokens of the text are read alone, and how much they count together, as a share of the text.
+_FIRST_TOKENS = 2048
+_FIRST_SHARE = 1 / 16
 
 
 def calibrate_checkpoint(
@@ -73,6 +57,7 @@ def calibrate_checkpoint(
     ridge: float = 1e-3,
     sequential: bool = True,
     latents: bool = False,
+    gates: bool = False,
     save_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Calibrates a converted checkpoint against its base, and fills the folder `output` with the result.
@@ -81,7 +66,7 @@ def calibrate_checkpoint(
         checkpoint, base: model folders.
         windows: the text.
         dtype: of matrix products.
-        ridge, sequential, latents: see `calibrate`. Raises as it does.
+        ridge, sequential, latents, gates: see `calibrate`. Raises as it does.
     """
     device = default_device()
     student = load_model(checkpoint, torch.float32).to(device)
@@ -91,7 +76,7 @@ def calibrate_checkpoint(
         {key: batch[key].to(device) for key in ("input_ids", "attention_mask")} for batch in windows.batches(batch_size)
     ]
     with autocast(device, dtype):
-        calibrate(student, teacher, batches, ridge=ridge, sequential=sequential, latents=latents)
+        calibrate(student, teacher, batches, ridge=ridge, sequential=sequential, latents=latents, gates=gates)
     save_checkpoint(student.to(save_dtype), output, base)
 
 
@@ -104,6 +89,7 @@ def calibrate(
     ridge: float = 1e-3,
     sequential: bool = True,
     latents: bool = False,
+    gates: bool = False,
 ) -> None:
     """Solves the output projections of all layers whose mixer is not attention, in place.
 
@@ -112,6 +98,8 @@ def calibrate(
         ridge: lambda, relative to the mean square of a feature.
         sequential: features from the student's own hidden states rather than the teacher's.
         latents: make queries, latents and rotary keys of MLA layers anew, from the teacher's attention on the text.
+        gates: set output gates and value convolutions of linear layers, from the teacher's attention on the text; those
+            whose heads are not the teacher's stay as they are.
 
     Raises:
         HyLoError: where values are not finite, or `latents` is asked of MLA layers that norm queries or keys.
@@ -119,6 +107,7 @@ def calibrate(
     if latents:
         _check_latents(student)
     layers = student.model.decoder_layers
+    batches, weights = _with_first_tokens(batches)
     entered = [enter_layers(teacher, batch) for batch in batches]
     teacher_hidden = [hidden for hidden, _ in entered]
     arguments = [shared for _, shared in entered]
@@ -136,7 +125,10 @@ def calibrate(
             regression = RidgeRegression()
             features = []
             if latents and isinstance(layer.mixer, MultiHeadLatentAttention):
-                _solve_latents(layer.mixer, teacher_layer, zip(teacher_hidden, real, arguments, strict=True))
+                text = zip(teacher_hidden, real, arguments, weights, strict=True)
+                _solve_latents(layer.mixer, teacher_layer, text)
+            if gates and has_gates(layer.mixer):
+                _solve_gates(layer, teacher_layer, list(zip(teacher_hidden, real, arguments, contexts, strict=True)))
             for i, context in enumerate(contexts):
                 mixed, output = step_layer(teacher_layer, teacher_hidden[i], arguments[i])
                 if solved or sequential:
@@ -144,7 +136,7 @@ def calibrate(
                     if solved:
                         # The projection's bias, where it has one, stays what the base's biases make it.
                         target = mixed if projection.bias is None else mixed - projection.bias
-                        regression.add(x[real[i]], target[real[i]])
+                        regression.add(x[real[i]], target[real[i]], weights[i])
                     if sequential:
                         features.append(x)
                 teacher_hidden[i] = output
@@ -159,6 +151,15 @@ def calibrate(
             shown.advance(tokens / len(layers))
 
 
+def _with_first_tokens(batches: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """The text, tokens of it each as a text of its own, and how often each batch counts."""
+    tokens = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
+    # Evenly through the text, so that a token stands for as many as it is frequent.
+    alone = tokens[:: max(1, len(tokens) // _FIRST_TOKENS), None]
+    first = {"input_ids": alone, "attention_mask": torch.ones_like(alone)}
+    return [*batches, first], [1.0] * len(batches) + [_FIRST_SHARE * len(tokens) / len(alone)]
+
+
 def _check_latents(student: HyLoForCausalLM) -> None:
     mixers = student.config.token_mixers or []
     if "mla" in mixers and student.config.qk_norm:
@@ -170,40 +171,80 @@ def _check_latents(student: HyLoForCausalLM) -> None:
 def _solve_latents(
     mixer: MultiHeadLatentAttention,
     teacher_layer: torch.nn.Module,
-    text: Iterable[tuple[Tensor, Tensor, dict[str, Any]]],
+    text: Iterable[tuple[Tensor, Tensor, dict[str, Any], float]],
 ) -> None:
     """All of an MLA mixer but its output projection.
 
     Args:
-        text: the layer's input on the teacher `[B, T, d]`, which tokens are real `[B, T]`, and what the layer is
-            called with besides, batch by batch.
+        text: the layer's input on the teacher `[B, T, d]`, which tokens are real `[B, T]`, what the layer is called
+            with besides, and how often it counts, batch by batch.
     """
     statistics = AttentionStatistics(AttentionWeights.of(mixer_of(teacher_layer)))
     norm = teacher_layer.get_submodule("input_layernorm")
-    for hidden, real, arguments in text:
-        statistics.add(norm(hidden), real, arguments["position_embeddings"])
+    for hidden, real, arguments, weight in text:
+        if hidden.shape[1] == 1:
+            statistics.add_alone(norm(hidden)[:, 0], weight)
+        else:
+            statistics.add(norm(hidden), real, arguments["position_embeddings"])
     if not all(bool(torch.isfinite(x).all()) for x in (statistics.cost, statistics.keys, statistics.read)):
         raise HyLoError("calibration: a layer's values are not finite; are the base's weights sound?")
     ActivationDecomposition(statistics, mixer.geometry).apply_to(mixer)
 
 
+def _solve_gates(
+    layer: HyLoDecoderLayer,
+    teacher_layer: torch.nn.Module,
+    text: list[tuple[Tensor, Tensor, dict[str, Any], MixingContext]],
+) -> None:
+    """Output gate and value convolution of a linear mixer.
+
+    Args:
+        text: the layer's input on the teacher, which tokens are real, what the teacher's layer is called with besides,
+            and the student's context, batch by batch.
+    """
+    mixer = layer.mixer
+    weights = AttentionWeights.of(mixer_of(teacher_layer))
+    norm = mixer.norm if isinstance(mixer, Mamba2) else mixer.get_submodule("o_norm")
+    projection = mixer_of(teacher_layer).get_submodule("o_proj")
+    if not mixer.config.qk_norm:
+        # Whose norms the weights alone do not say.
+        lags = LagStatistics(weights, conv_size(mixer))
+        for hidden, real, arguments, _ in text:
+            if hidden.shape[1] > 1:
+                lags.add(layer.input_layernorm(hidden), real, arguments["position_embeddings"])
+        set_value_taps(mixer, lags)
+    statistics = GateStatistics(mixer, weights)
+    for hidden, real, arguments, context in text:
+        x = layer.input_layernorm(hidden)
+        attended = _reaching(projection, partial(teacher_layer, hidden, **arguments))
+        read = _reaching(norm, partial(mixer, x, **context.arguments(mixer), past_key_values=None))
+        statistics.add(x[real], attended[real].unflatten(-1, (len(weights.query), -1)), read[real])
+    statistics.apply()
+
+
 class _ReachedError(Exception):
-    """Ends a mixer before its output projection."""
+    """Ends a mixer before one of its modules."""
 
 
 def _features(layer: HyLoDecoderLayer, hidden: Tensor, context: MixingContext) -> Tensor:
     """What the mixer hands to its output projection, `[B, T, F]`."""
-    features: list[Tensor] = []
+    x, arguments = layer.input_layernorm(hidden), context.arguments(layer.mixer)
+    return _reaching(layer.mixer.output_projection, partial(layer.mixer, x, **arguments, past_key_values=None))
 
-    def stop(_: torch.nn.Module, args: tuple[Tensor]) -> None:
-        features.append(args[0])
+
+def _reaching(module: torch.nn.Module, call: Callable[[], Any]) -> Tensor:
+    """The first argument that `module` is called with inside `call`, which goes no further."""
+    reached: list[Tensor] = []
+
+    def stop(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        reached.append(args[0])
         raise _ReachedError
 
-    handle = layer.mixer.output_projection.register_forward_pre_hook(stop)
+    handle = module.register_forward_pre_hook(stop)
     try:
-        layer.mixer(layer.input_layernorm(hidden), **context.arguments(layer.mixer), past_key_values=None)
+        call()
     except _ReachedError:
         pass
     finally:
         handle.remove()
-    return features[0]
+    return reached[0]

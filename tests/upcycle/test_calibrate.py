@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from hylo import HyLoError, HyLoForCausalLM
 from hylo.upcycle.bases import load_model
-from hylo.upcycle.calibrate import RidgeRegression, calibrate
+from hylo.upcycle.calibrate import calibrate
+from hylo.upcycle.ridge import RidgeRegression
 from hylo.upcycle.trace import mixer_of, trace_layers
 
 

@@ -14,9 +14,12 @@ from hylo.mixers.mamba2 import Mamba2Geometry
 from hylo.upcycle.initialise.rules import Rule, copied, fresh, generator_for, output_bias
 from hylo.upcycle.initialise.source import SourceAttention, fold_sources
 
-# Softplus of dt_bias, times A = 1: what a state forgets a token at the start, for a memory of some 16 tokens.
-_INITIAL_DECAY = 1 / 16
-_MEMORY = fresh("a memory of 16 tokens", lambda shape: torch.full(shape, math.log(math.expm1(_INITIAL_DECAY))))
+# Softplus of dt_bias, times A = 1: what a state forgets a token at the start, for a memory of some 6 tokens.
+_INITIAL_DECAY = 1 / 6
+_MEMORY = fresh("a memory of 6 tokens", lambda shape: torch.full(shape, math.log(math.expm1(_INITIAL_DECAY))))
+# Values pass SiLU after their convolution: it is near linear where they are small, and the norm of the heads' outputs
+# takes their size away. Attention's values pass nothing.
+_VALUE_SCALE = 0.1
 _DECAY_RATE = fresh("zero: A = 1", torch.zeros)
 
 
@@ -73,7 +76,10 @@ def mamba2_rules(config: HyLoConfig) -> Mapping[str, Rule]:
 
     rules = {
         "in_proj.weight": Rule("copied", sources, "z from q, x from v, B from k, C from q; dt zero", in_proj),
-        "conv1d.weight": fresh("identity: the newest tap is 1", _identity_taps),
+        "conv1d.weight": fresh(
+            f"identity: the newest tap is 1, of x {_VALUE_SCALE}",
+            lambda shape: _grouped_taps(shape, geometry.group_size),
+        ),
         "conv1d.bias": fresh("zero", torch.zeros),
         "dt_bias": _MEMORY,
         "A_log": _DECAY_RATE,
@@ -93,7 +99,8 @@ def _projections(config: HyLoConfig, sizes: tuple[int, int, int]) -> dict[str, R
         "q_proj.weight": _rows(config, "query"),
         "k_proj.weight": _rows(config, "key", "KV heads repeated"),
         "v_proj.weight": _rows(config, "value", "KV heads repeated"),
-        **{f"{x}_conv1d.weight": fresh("identity: the newest tap is 1", _identity_taps) for x in "qkv"},
+        **{f"{x}_conv1d.weight": fresh("identity: the newest tap is 1", _identity_taps) for x in "qk"},
+        "v_conv1d.weight": fresh(f"identity times {_VALUE_SCALE}", _value_taps),
         "o_norm.weight": fresh("one", torch.ones),
         "o_proj.weight": copied("o_proj") if aligned else Rule("copied", ("o_proj",), "overlapping columns", _columns),
     }
@@ -149,4 +156,15 @@ def _random(shape: torch.Size) -> Tensor:
 def _identity_taps(shape: torch.Size) -> Tensor:
     taps = torch.zeros(shape)
     taps[..., -1] = 1.0
+    return taps
+
+
+def _value_taps(shape: torch.Size) -> Tensor:
+    return _VALUE_SCALE * _identity_taps(shape)
+
+
+def _grouped_taps(shape: torch.Size, values: int) -> Tensor:
+    """Those of Mamba-2: its first `values` channels are x."""
+    taps = _identity_taps(shape)
+    taps[:values] *= _VALUE_SCALE
     return taps
