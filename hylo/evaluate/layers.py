@@ -93,7 +93,9 @@ def measure_layers(
                     convert(plan_conversion(base, mixers, sizes, dtype="float32"), base, Path(scratch) / "all")
                 student = load_model(Path(scratch) / "all", torch.float32).to(device)
             assert isinstance(student, HyLoForCausalLM)
-            calibrate(student, teacher, read, sequential=False)
+            # Queries with norms cannot be solved.
+            latents = mixer == "mla" and not student.config.qk_norm
+            calibrate(student, teacher, read, sequential=False, latents=latents, gates=True)
             found[mixer] = each_layer_alone(student, teacher, scored, reference, f"{mixer}, each layer alone")
     return Evidence(found[linear], found["mla"])
 

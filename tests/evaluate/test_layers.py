@@ -45,7 +45,7 @@ def test_a_layer_alone_is_a_hybrid_with_that_layer_replaced(tmp_path: Path, mixe
     assert isinstance(student, HyLoForCausalLM)
     batches = unseen.batches(2)
     with autocast(default_device(), resolve_precision("auto")):
-        calibrate(student, teacher, text.batches(2), sequential=False)
+        calibrate(student, teacher, text.batches(2), sequential=False, latents=mixer == "mla", gates=True)
         expected = evaluate(student, batches, make_reference(teacher, batches)).kl
     measured = (evidence.linear if mixer == "gdn" else evidence.mla)[layer]
     assert expected is not None and expected > 1e-3

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from hylo.errors import HyLoError
 from hylo.mixers.mla import MLAGeometry
-from hylo.upcycle.activations import AttentionStatistics, AttentionWeights, as_complex, as_real
+from hylo.upcycle.activations import AttentionStatistics, AttentionWeights, LagStatistics, as_complex, as_real
 from hylo.upcycle.bases import Base, load_model
 from hylo.upcycle.calibrate import calibrate
 from hylo.upcycle.convert import plan_conversion
@@ -199,3 +199,34 @@ def test_norms_of_queries_are_refused(tmp_path: Path) -> None:
     convert_base(base, tmp_path / "hybrid", "4MLA")
     with pytest.raises(HyLoError, match="norms"):
         calibrate(load_model(tmp_path / "hybrid"), load_model(base), [batch_of(2)], latents=True)
+
+
+@torch.no_grad()
+def test_tokens_alone_are_texts_of_one_token(teacher: LlamaForCausalLM) -> None:
+    single = {"input_ids": random_ids(5, 1), "attention_mask": torch.ones(5, 1).long()}
+    expected = statistics_of(teacher, single)
+    module = teacher.model.layers[1]
+    found = AttentionStatistics(AttentionWeights.of(module.self_attn))
+    found.add_alone(module.input_layernorm(trace_layers(teacher, single).inputs[1])[:, 0], weight=3.0)
+    assert not expected.cost.any() and not expected.keys.any()
+    for name in ("read", "inputs"):
+        torch.testing.assert_close(getattr(found, name), 3 * getattr(expected, name), rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+def test_lags_are_the_means_of_attention(base_folder: Path) -> None:
+    teacher = load_model(base_folder, torch.float32)
+    teacher.set_attn_implementation("eager")
+    batch = batch_of(2)
+    batch["attention_mask"][1, 18:] = 0
+    module = teacher.model.layers[1]
+    lags = LagStatistics(AttentionWeights.of(module.self_attn), 4)
+    inputs = module.input_layernorm(trace_layers(teacher, batch).inputs[1])
+    lags.add(inputs, batch["attention_mask"].bool(), enter_layers(teacher, batch)[1]["position_embeddings"])
+    attention = teacher(**batch, output_attentions=True).attentions[1].double()
+    mass = torch.zeros(4, 4, dtype=torch.float64)
+    for row, length in enumerate((24, 18)):
+        for t in range(4, length):
+            mass += attention[row, :, t, [t, t - 1, t - 2, t - 3]]
+    torch.testing.assert_close(lags.mass, mass, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(lags.shares, mass / mass.sum(1, keepdim=True), rtol=1e-4, atol=1e-6)
