@@ -35,21 +35,17 @@ MLA = {"kv_lora_rank": 64}
 # Of each method: what the mixers start as, which rotary pairs, and how they are calibrated, if they are.
 METHODS: dict[str, dict[str, Any]] = {
     "paper": {"start": "paper", "pairs": None},
-    "paper, output": {"start": "paper", "pairs": None, "calibrate": {"sequential": False}},
+    "paper, output": {"start": "paper", "pairs": None, "calibrate": {}},
     "aligned": {"pairs": "fastest"},
-    "aligned, output": {"pairs": "fastest", "calibrate": {"sequential": False}},
+    "aligned, output": {"pairs": "fastest", "calibrate": {}},
     "aligned, output sequential": {"pairs": "fastest", "calibrate": {"sequential": True}},
-    "latents, output": {"pairs": "fastest", "calibrate": {"sequential": False, "latents": True}},
-    "latents, gates, output": {
-        "pairs": "fastest",
-        "calibrate": {"sequential": False, "latents": True, "gates": True},
-    },
-    "latents, pairs, gates, output": {
+    "latents, output": {"pairs": "fastest", "calibrate": {"latents": True}},
+    "latents, pairs, output": {"pairs": "gain", "calibrate": {"latents": True}},
+    "latents, pairs, gates, output": {"pairs": "gain", "calibrate": {"latents": True, "gates": True}},
+    "latents, pairs, gates, output sequential": {
         "pairs": "gain",
-        "calibrate": {"sequential": False, "latents": True, "gates": True},
+        "calibrate": {"latents": True, "gates": True, "sequential": True},
     },
-    "latents, pairs, output": {"pairs": "gain", "calibrate": {"sequential": False, "latents": True}},
-    "latents, pairs, output sequential": {"pairs": "gain", "calibrate": {"sequential": True, "latents": True}},
 }
 
 
@@ -124,7 +120,8 @@ def main() -> None:
                     convert(plan, base, Path(scratch) / "hybrid", overwrite=True)
                 student = load_model(Path(scratch) / "hybrid", torch.float32).to(device)
                 if "calibrate" in method:
-                    calibrate(student, teacher, text, ridge=args.ridge, **method["calibrate"])
+                    options = {"sequential": False, **method["calibrate"]}
+                    calibrate(student, teacher, text, ridge=args.ridge, **options)
                 seconds = time.perf_counter() - began
                 scores = evaluate(student, unseen, reference)
                 rows.append({"layout": layout, "method": name, "seconds": round(seconds, 1), **scores.as_dict()})
