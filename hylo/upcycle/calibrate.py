@@ -43,6 +43,7 @@ from hylo.upcycle.trace import enter_layers, layers_of, mixer_of, step_layer
 
 # About how many tokens of the text are read alone, and how much they count together, as a share of the text.
 _FIRST_TOKENS = 2048
+_FIRST_ROWS = 512
 _FIRST_SHARE = 1 / 16
 
 
@@ -156,8 +157,9 @@ def _with_first_tokens(batches: list[dict[str, Tensor]]) -> tuple[list[dict[str,
     tokens = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
     # Evenly through the text, so that a token stands for as many as it is frequent.
     alone = tokens[:: max(1, len(tokens) // _FIRST_TOKENS), None]
-    first = {"input_ids": alone, "attention_mask": torch.ones_like(alone)}
-    return [*batches, first], [1.0] * len(batches) + [_FIRST_SHARE * len(tokens) / len(alone)]
+    # A kernel's grid may hold 65,535 heads of sequences.
+    first = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in alone.split(_FIRST_ROWS)]
+    return [*batches, *first], [1.0] * len(batches) + [_FIRST_SHARE * len(tokens) / len(alone)] * len(first)
 
 
 def _check_latents(student: HyLoForCausalLM) -> None:

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from hylo import HyLoError, HyLoForCausalLM
 from hylo.upcycle.bases import load_model
-from hylo.upcycle.calibrate import calibrate
+from hylo.upcycle.calibrate import _with_first_tokens, calibrate
 from hylo.upcycle.ridge import RidgeRegression
 from hylo.upcycle.trace import mixer_of, trace_layers
 
@@ -168,3 +168,34 @@ def test_values_that_cannot_be_regressed_on_are_refused(value: float) -> None:
     regression.add(torch.full((8, 3), value), torch.randn(8, 2))
     with pytest.raises(HyLoError, match="not finite or all zero"):
         regression.solve(1e-3)
+
+
+def test_tokens_alone_count_as_a_share_of_the_text() -> None:
+    batches = make_batches(100)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    with_first, weights = _with_first_tokens(batches)
+    assert with_first[:100] == batches and weights[:100] == [1.0] * 100
+    alone = with_first[100:]
+    assert len(alone) > 1 and all(batch["input_ids"].shape[1] == 1 for batch in alone)
+    rows = sum(len(batch["input_ids"]) for batch in alone)
+    assert 2048 <= rows < 2 * 2048
+    counted = sum(len(batch["input_ids"]) * weight for batch, weight in zip(alone, weights[100:], strict=True))
+    assert counted == pytest.approx(tokens / 16)
+
+
+def test_a_first_token_that_no_text_begins_with_is_nearer(
+    to_layout: Any, teacher: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts that all begin alike say nothing of how another token would begin one."""
+    batches = make_batches()
+    for batch in batches:
+        batch["input_ids"][:, 0] = 0
+    single = {"input_ids": torch.arange(1, 200)[:, None], "attention_mask": torch.ones(199, 1).long()}
+    errors = []
+    for share in (1e-9, 1 / 16):
+        monkeypatch.setattr("hylo.upcycle.calibrate._FIRST_SHARE", share)
+        student = load_model(to_layout("4MLA", {"mla": {"kv_lora_rank": 10}})[1])
+        calibrate(student, teacher, batches, ridge=1e-4, sequential=False)
+        errors.append(mixer_errors(student, teacher, [single]))
+    without, found = errors
+    assert all(new < 0.9 * old for new, old in zip(found, without, strict=True)), errors
