@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from hylo.errors import HyLoError
 from hylo.mixers.attention import Attention
 from hylo.modeling import HyLoForCausalLM
 from hylo.ops.packing import offsets_of
@@ -15,6 +16,10 @@ from hylo.upcycle.families import FAMILIES, hybrid_config
 
 # What a model reads of a batch.
 READ = ("input_ids", "position_ids", "cu_seqlens")
+# What families do to their logits, as their configs name it.
+_LOGIT_KEYS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
+# Tokens that tell whether a teacher's head is all that makes its logits.
+_TOLD_BY = 8
 
 
 def as_hybrid(model: PreTrainedModel) -> PreTrainedModel:
@@ -35,6 +40,40 @@ def as_hybrid(model: PreTrainedModel) -> PreTrainedModel:
     # Frequencies are not part of a checkpoint.
     hybrid.model.rotary_embeddings["attention"] = Attention.rotary_embedding(own).to(model.device)
     return hybrid.eval()
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Raises HyLoError where a teacher's logits are not its final hidden states times its head, as the loss takes them.
+
+    Some families scale or cap them, or add a bias. Told by the probabilities of a few tokens; a hybrid, which any model
+    of a supported family is read as, has nothing of the kind.
+    """
+    if isinstance(model, HyLoForCausalLM):
+        return
+    head = model.get_output_embeddings()
+    if head is None:
+        raise HyLoError(f"a teacher of the {model.config.model_type!r} family has no head that KL could be taken from")
+    ids = torch.linspace(0, head.weight.shape[0] - 1, _TOLD_BY, device=model.device).long()[None]
+    logits = model(input_ids=ids, use_cache=False).logits
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    ours = functional.linear(hidden, head.weight)
+    fits = ours.shape == logits.shape
+    if fits:
+        off = (logits.float().log_softmax(-1) - ours.float().log_softmax(-1)).abs().max().item()
+        # Both are made by the same passes, and rounded to the model's dtype: by some units in the last place at most.
+        fits = off <= 4 * torch.finfo(hidden.dtype).eps * max(1.0, logits.abs().max().item())
+    if fits:
+        return
+    values = {key: getattr(model.config, key, None) for key in _LOGIT_KEYS}
+    causes = [f"{key} {value:g}" for key, value in values.items() if value is not None]
+    if getattr(head, "bias", None) is not None:
+        causes.append("a bias of the head")
+    size = f"log-probabilities differ by up to {off:.2g}" if ours.shape == logits.shape else "they differ in shape"
+    raise HyLoError(
+        f"a teacher of the {model.config.model_type!r} family cannot be distilled from: its logits are not its final "
+        f"hidden states times its head ({', '.join(causes) or 'in a way that its config does not name'}); {size}"
+    )
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from hylo.distill.shards import has_shards
 from hylo.distill.signals import StopRequest, deferred_signals
 from hylo.distill.stage1 import LayerwiseTrainer, freeze_all_but_mixers, replaced_layers
 from hylo.distill.stage2 import DistillationTrainer
-from hylo.distill.teacher import as_hybrid
+from hylo.distill.teacher import as_hybrid, check_head
 from hylo.errors import HyLoError
 from hylo.modeling import HyLoForCausalLM
 from hylo.progress import console
@@ -101,7 +101,8 @@ def train_stage(
         resume: the checkpoint to go on from; everything else is then as when the stage began.
 
     Raises:
-        HyLoError: where loss or gradients stop being finite or leap, or a checkpoint cannot be written.
+        HyLoError: where loss or gradients stop being finite or leap, a checkpoint cannot be written, or the teacher's
+            logits are not what its head makes of its hidden states.
         SystemExit, KeyboardInterrupt: on SIGTERM and SIGINT, after a checkpoint.
     """
     carrying = carrying or Carrying()
@@ -125,6 +126,10 @@ def train_stage(
             f"{stage.name}: a teacher of the {teacher.config.model_type!r} family runs on one GPU; "
             f"expected {', '.join(FAMILIES)}"
         )
+    teacher.requires_grad_(False).eval()
+    if stage.objective == "kl":
+        # Before its weights are streamed: those that are tied to the embedding are then out of the head's reach.
+        check_head(teacher)
     _place(stage, student, teacher, dtype, arguments.device)
     output.mkdir(parents=True, exist_ok=True)
     peak = device_peak_flops(arguments.device, dtype)
@@ -191,7 +196,6 @@ def _place(
     device: torch.device,
 ) -> None:
     """Puts both models where they train, and tells the student how to spare memory."""
-    teacher.requires_grad_(False).eval()
     if parallel.world_size() > 1:
         if "teacher" in stage.offload:
             line = f"{stage.name}: the teacher is sharded over {parallel.world_size()} ranks, and not offloaded"
