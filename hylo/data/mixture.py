@@ -41,6 +41,8 @@ class SourceReport:
         epochs: how often the source is gone over.
         held_out, unusable: documents left out, as far as the source was read: for being evaluated on or sharing text
             with what is; for having no token that the loss is to predict.
+        unusable_tokens: left out of the documents there are: pieces of those longer than a window that hold no token
+            that the loss is to predict.
     """
 
     source: str
@@ -50,6 +52,7 @@ class SourceReport:
     epochs: float
     held_out: int
     unusable: int
+    unusable_tokens: int
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,11 @@ class _Sequence:
             raise HyLoError(f"a window of {length} tokens; expected more than the {self._start} that start every text")
         pieces = cut(part.store.lengths, length - self._start)
         self.truncated = pieces.cut
-        kept = slice(None) if packing else 2 * (pieces.size + self._start) >= length
+        # A piece's first token is predicted by nothing, unless something starts it.
+        unseen = 0 if self._start else 1
+        predicted = part.store.predicted(pieces.begin + unseen, pieces.size - unseen)
+        self.unusable_tokens = int(pieces.size[~predicted].sum())
+        kept = predicted if packing else predicted & (2 * (pieces.size + self._start) >= length)
         self.document, self.begin, self.size = pieces.document[kept], pieces.begin[kept], pieces.size[kept]
         self.tokens = int(self.total(slice(None)).sum())
         """Of an epoch, with what starts each piece."""
@@ -167,6 +174,7 @@ class _Sequence:
             epochs=round(used / self.tokens, 4) if self.tokens else 0.0,
             held_out=store.info.held_out,
             unusable=store.info.unusable,
+            unusable_tokens=self.unusable_tokens,
         )
 
 

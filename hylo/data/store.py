@@ -159,6 +159,30 @@ class TokenStore:
         counted = shard.array("counted")
         return ids, None if counted is None else np.array(counted[begin : begin + size])
 
+    def predicted(self, begin: NDArray[np.int64], size: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which spans of tokens, `[N]`, hold one that the loss is to predict; all where it is to predict every token.
+
+        Args:
+            begin: as for `read`, growing.
+            size: of each; no span reaches into the next one.
+        """
+        result = np.ones(len(begin), np.bool_)
+        shards = np.searchsorted(self._begins, begin, side="right") - 1
+        for at, shard in enumerate(self._shards):
+            counted = shard.array("counted")
+            if counted is None:
+                continue
+            result[shards == at] = False
+            chosen = np.flatnonzero((shards == at) & (size > 0))
+            if not len(chosen):
+                continue
+            begins = begin[chosen] - self._begins[at]
+            bounds = np.stack([begins, begins + size[chosen]], axis=1).ravel()
+            # The last span may reach to the end, which is no place to begin at.
+            bounds = bounds[:-1] if bounds[-1] == len(counted) else bounds
+            result[chosen] = np.logical_or.reduceat(counted, bounds)[::2]
+        return result
+
 
 class MemoryStore(TokenStore):
     """The same from documents of ids that are at hand, all of which count.
@@ -178,6 +202,9 @@ class MemoryStore(TokenStore):
 
     def read(self, begin: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
         return self._ids[begin : begin + size], None
+
+    def predicted(self, begin: NDArray[np.int64], size: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.ones(len(begin), np.bool_)
 
 
 def _required(shard: _Shard, name: str) -> NDArray[Any]:

@@ -45,7 +45,9 @@ class StageTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.monitor.add(loss, self.loss_parts)
+        # Trainer counts them wherever a model takes losses, as the student does.
+        assert num_items_in_batch is not None
+        self.monitor.add(loss, self.loss_parts, num_items_in_batch)
         return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:

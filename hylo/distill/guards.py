@@ -18,7 +18,8 @@ _MOST_SKIPPED = 5
 class Guard:
     """Looks at each step before its update.
 
-    A leap is more than `spike_factor` times the median of the last 50 accepted steps; the first 20 have none.
+    A leap is more than `spike_factor` times the median of the last 50 accepted steps; the first 20 have none. Steps
+    whose windows hold no token to predict say nothing: their loss and gradients are zero whatever the student does.
 
     Args:
         stage: its name, for messages.
@@ -36,10 +37,16 @@ class Guard:
         self.skipped = self._in_a_row = 0
         self._recent = {name: deque[float](maxlen=_WINDOW) for name in ("loss", "gradient norm")}
 
-    def accepts(self, step: int, loss: float, norm: float) -> bool:
-        """Whether the update of a step may be applied. Raises HyLoError where the stage must stop."""
+    def accepts(self, step: int, loss: float, norm: float, tokens: float) -> bool:
+        """Whether the update of a step may be applied. Raises HyLoError where the stage must stop.
+
+        Args:
+            tokens: that the loss is a mean over. Without one there is nothing to apply, and nothing is refused.
+        """
         values = {"loss": loss, "gradient norm": norm}
         problem = self._problem(values)
+        if problem is None and not tokens:
+            return False
         if problem is None:
             self._in_a_row = 0
             for name, value in values.items():

@@ -48,7 +48,8 @@ class StageMonitor:
         self.bar: Bar | None = None
         # Of the step that is being made: on the device, summed over its batches.
         self._sums: dict[str, torch.Tensor] = {}
-        # Of the accepted steps since the last logged one.
+        self._tokens: torch.Tensor | float = 0.0
+        # Of the accepted steps since the last logged one; `tokens` is how many their loss is a mean over.
         self._steps: list[dict[str, float]] = []
         self._seconds_before = 0.0
         self._begin = self._last_log = time.monotonic()
@@ -56,21 +57,27 @@ class StageMonitor:
 
     # While a step is made.
 
-    def add(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
-        """A batch's share of the step's loss, and of what it is made of."""
+    def add(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], tokens: torch.Tensor | float) -> None:
+        """A batch's share of the step's loss, and of what it is made of.
+
+        Args:
+            tokens: that the loss of the whole step, on all ranks, is a mean over.
+        """
+        self._tokens = tokens
         for name, value in {"loss": loss, **parts}.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def accepts(self, step: int, norm: Any) -> bool:
         """Whether the step's update may be applied. Raises HyLoError where the guard stops."""
-        names = [*self._sums, "grad_norm"]
+        names = [*self._sums, "grad_norm", "tokens"]
         norm = torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(self.device)
-        # One transfer a step. Each rank has its share of the loss, all have the norm.
-        means = parallel.mean_over_ranks(torch.stack([*self._sums.values(), norm.float()]))
+        tokens = torch.as_tensor(self._tokens, dtype=torch.float32).to(self.device)
+        # One transfer a step. Each rank has its share of the loss, all have the norm and the number of tokens.
+        means = parallel.mean_over_ranks(torch.stack([*self._sums.values(), norm.float(), tokens]))
         values = dict(zip(names, means.tolist(), strict=True))
         self._sums = {}
-        accepted = self.guard.accepts(step, values["loss"], values["grad_norm"])
+        accepted = self.guard.accepts(step, values["loss"], values["grad_norm"], values["tokens"])
         if accepted:
             self._steps.append(values)
         return accepted
@@ -96,15 +103,17 @@ class StageMonitor:
     def summary(self, logs: dict[str, float]) -> dict[str, float]:
         """The trainer's own `logs`, with means over the accepted steps since the last log, and what they took.
 
-        Where every step since then was skipped there is no loss and no gradient norm.
+        Means are over tokens, as each step's own. Where every step since then was skipped, or had no token to predict,
+        there is no loss and no gradient norm.
         """
         entry = {key: value for key, value in logs.items() if key not in ("loss", "grad_norm")}
         values: dict[str, float] = {}
         if self._steps:
+            tokens = math.fsum(step["tokens"] for step in self._steps)
             values = {
-                name: math.fsum(step[name] for step in self._steps) / len(self._steps)
+                name: math.fsum(step["tokens"] * step[name] for step in self._steps) / tokens
                 for name in self._steps[0]
-                if name != "grad_norm"
+                if name not in ("grad_norm", "tokens")
             }
             values["grad_norm"] = self._steps[-1]["grad_norm"]
         now = time.monotonic()

@@ -33,16 +33,18 @@ def chats(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def write_store(folder: Path, lengths: Sequence[int], start: Sequence[int] = (), counted: bool = False) -> TokenStore:
-    """A store as `hylo.data.store` describes it, in one shard: its tokens are numbered from 2, and told apart so."""
+def write_store(folder: Path, lengths: Sequence[int], start: Sequence[int] = (), counted: Any = False) -> TokenStore:
+    """A store as `hylo.data.store` describes it, in one shard: its tokens are numbered from 2, and told apart so.
+
+    `counted` says which the loss is to predict; True for every third.
+    """
     shard = folder / "00000"
     shard.mkdir(parents=True)
     total = sum(lengths)
     np.save(shard / "ids.npy", np.arange(2, 2 + total, dtype=np.uint32))
     np.save(shard / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    if counted:
-        # Every third token.
-        np.save(shard / "counted.npy", np.arange(2, 2 + total) % 3 == 0)
+    if counted is not False:
+        np.save(shard / "counted.npy", np.arange(2, 2 + total) % 3 == 0 if counted is True else counted)
     info = ShardInfo(documents=len(lengths), tokens=total, read=len(lengths), complete=True, start=list(start))
     (shard / "shard.json").write_text(json.dumps(asdict(info)))
     return StoreWriter(folder, "numbers", list, lambda document: document, Encoder(make_tokenizer())).open()

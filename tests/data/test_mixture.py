@@ -163,4 +163,19 @@ def test_reports_say_what_was_left_out(tmp_path: Path) -> None:
         "epochs": 1.0,
         "held_out": 0,
         "unusable": 0,
+        "unusable_tokens": 0,
     }
+
+
+@pytest.mark.parametrize("start", [[], [0]])
+def test_pieces_without_a_token_to_predict_are_left_out(tmp_path: Path, start: list[int]) -> None:
+    """A window of them alone would have no loss. The first token of a piece is predicted by what starts it."""
+    answered = np.zeros(40, bool)
+    # Of pieces of eight: the first token, the last, and the second of the document after it.
+    answered[[8, 31, 33]] = True
+    store = write_store(tmp_path / "a", [32, 8], start=start, counted=answered)
+    plan = plan_windows([Part("a", store)], 8 + len(start), tokens=None, seed=0)
+    expected = [8, 24, 32] if start else [24, 32]
+    assert sorted(plan.begin.tolist()) == expected
+    assert plan.sources[0].unusable_tokens == 40 - 8 * len(expected)
+    assert plan.sources[0].epochs == 1.0

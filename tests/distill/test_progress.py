@@ -40,19 +40,21 @@ def test_the_status_names_what_there_is(tmp_path: Path) -> None:
     speed = Speed(tokens_per_step=1000.0, flops_per_token=1e9, peak_flops=1e15)
     monitor = StageMonitor(STAGE, Guard("stage2"), speed, tmp_path / "metrics.jsonl", torch.device("cpu"))
     monitor.start(0, 10)
-    for value in (1.0, 2.0):
+    # Three times as many tokens count in the second step as in the first, and none in the last.
+    for value, tokens in ((1.0, 10), (2.0, 30), (0.0, 0)):
         # Two batches a step.
         for _ in range(2):
-            monitor.add(torch.tensor(value), {"kl": torch.tensor(value / 2), "cross_entropy": torch.tensor(value)})
-        assert monitor.accepts(1, torch.tensor(3.0))
+            parts = {"kl": torch.tensor(value / 2), "cross_entropy": torch.tensor(value)}
+            monitor.add(torch.tensor(value), parts, torch.tensor(tokens))
+        assert monitor.accepts(1, torch.tensor(3.0 if tokens else 0.0)) == bool(tokens)
         monitor.step_done()
     entry = monitor.summary({"loss": 0.0, "grad_norm": 0.0, "learning_rate": 1e-3})
     monitor.close()
-    expected = {"loss": 3.0, "kl": 1.5, "cross_entropy": 3.0, "grad_norm": 3.0, "learning_rate": 1e-3, "skipped": 0}
+    expected = {"loss": 3.5, "kl": 1.75, "cross_entropy": 3.5, "grad_norm": 3.0, "learning_rate": 1e-3, "skipped": 0}
     assert {key: entry[key] for key in expected} == expected
     # 10^9 FLOPs a token at a peak of 10^15.
     assert entry["mfu"] == pytest.approx(entry["tokens_per_s"] / 1e6, abs=1e-4)
-    for part in ("loss 3.000", "KL 1.500", "CE 3.000", "MFU", "GiB"):
+    for part in ("loss 3.500", "KL 1.750", "CE 3.500", "MFU", "GiB"):
         assert part in monitor._status
 
 
@@ -97,7 +99,7 @@ def test_what_a_checkpoint_keeps_of_it_is_json(tmp_path: Path) -> None:
     speed = Speed(10.0)
     monitor = StageMonitor(STAGE, Guard("stage2"), speed, tmp_path / "a.jsonl", torch.device("cpu"))
     monitor.start(0, 10)
-    monitor.add(torch.tensor(0.1), {})
+    monitor.add(torch.tensor(0.1), {}, 8)
     monitor.accepts(1, 0.2)
     monitor.write(1, {"loss": 0.1})
     state = json.loads(json.dumps(monitor.state()))
