@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,22 @@ def expand_user(path: str | Path) -> Path:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as those of writing and flushing do not, gets this name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new directory beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Raises HyLoError where `path` exists and `overwrite` is false, before anything is written.
+    Raises HyLoError where `path` exists and `overwrite` is false, before anything is written. An OSError of the block
+    that names no file names `path`.
     """
     path = Path(path).absolute()
     if path.exists() and not overwrite:
@@ -38,7 +50,8 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise HyLoError(f"cannot write to {path.parent}: {error.strerror}") from None
     try:
         work.chmod(0o755)
-        yield work
+        with naming(path):
+            yield work
         if path.exists():
             old = work.with_name(work.name.replace(".partial-", ".old-"))
             path.replace(old)
@@ -62,10 +75,26 @@ def sync_tree(folder: Path, *, recursive: bool = True) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a temporary name and moves it to `path`."""
-    work = path.with_name(f".{path.name}.partial")
-    work.write_text(json.dumps(value, indent=2) + "\n")
-    work.replace(path)
+    """Writes JSON to a temporary name, and moves it to `path` when it is on the disk.
+
+    Raises OSError, which names `path`, where it cannot be written; what was there stays.
+    """
+    work = partial_of(path)
+    try:
+        with naming(path), work.open("w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            work.unlink()
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """Where `write_json` writes first: what a killed process leaves."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def read_json(path: Path) -> Any:

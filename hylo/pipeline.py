@@ -30,7 +30,7 @@ from hylo.distill.trainer import Carrying, resolve_report_to, train_stage
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import Scores, evaluate, make_reference
 from hylo.evaluate.report import write_report
-from hylo.files import atomic_directory, read_json, sync_tree, write_json
+from hylo.files import atomic_directory, partial_of, read_json, sync_tree, write_json
 from hylo.generate import continue_prompt
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.progress import console
@@ -370,9 +370,10 @@ class UpcycleRun:
         if self.output.exists() and not self.output.is_dir():
             raise HyLoError(f"{self.output} is a file; expected a folder for the run")
         if self.output.is_dir() and not (self.output / _RUN_FILE).is_file():
-            # A first run that stopped early may have left a dequantised model, or part of one.
+            # A first run that stopped early may have left a dequantised model, or part of one, or of its own file.
             names = sorted(entry.name for entry in self.output.iterdir())
-            foreign = [name for name in names if name not in ("base", "teacher") and ".partial-" not in name]
+            ours = ("base", "teacher", partial_of(self.output / _RUN_FILE).name)
+            foreign = [name for name in names if name not in ours and ".partial-" not in name]
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
 

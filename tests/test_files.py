@@ -1,6 +1,11 @@
 """Writing folders and JSON: whole or not at all."""
 
+import errno
 import json
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -85,3 +90,41 @@ def test_json(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(HyLoError, match="not readable JSON"):
             read_json(file)
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """The system's own limit on a file's size, as a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_json_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "value.json"
+    write_json(file, [1])
+    with small_files(1024), pytest.raises(OSError, match=rf"{re.escape(str(file))}") as error:
+        write_json(file, list(range(1000)))
+    assert error.value.errno == errno.EFBIG
+    assert names(tmp_path) == ["value.json"]
+    assert read_json(file) == [1]
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert names(tmp_path) == ["value.json"]
+
+
+def test_an_error_of_writing_names_what_is_written(tmp_path: Path) -> None:
+    with (
+        small_files(1024),
+        pytest.raises(OSError, match=r"File too large: '.*/out'"),
+        atomic_directory(tmp_path / "out") as work,
+        (work / "file").open("w") as file,
+    ):
+        file.write("x" * 5000)
+    assert names(tmp_path) == []
+    # One that names a file keeps it.
+    with pytest.raises(FileNotFoundError, match="nothing"), atomic_directory(tmp_path / "out") as work:
+        (work / "nothing").read_text()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -130,6 +131,22 @@ def test_the_same_recipe_gives_the_same_weights(finished: Path, recipe: Recipe, 
     ours, theirs = (load_model(folder / "stage2").state_dict() for folder in (finished, tmp_path / "run"))
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_cannot_write_its_own_file_may_be_started_again(recipe: Recipe, tmp_path: Path) -> None:
+    """On a full disk, or killed in the middle of that file."""
+    output = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(OSError, match=r"run\.json"):
+            UpcycleRun(recipe, output).run(until="convert")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(output) == set()
+    (output / ".run.json.partial").write_text("{")
+    UpcycleRun(recipe, output).run(until="convert")
+    assert names(output) == {"convert", "run.json"}
 
 
 def test_a_stage_that_fails_leaves_nothing(base_folder: Path, text_folder: Path, run_folder: Path) -> None:

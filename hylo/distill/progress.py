@@ -14,6 +14,7 @@ import torch
 from hylo.distill import parallel
 from hylo.distill.guards import Guard
 from hylo.distill.recipe import StageSection
+from hylo.files import naming
 from hylo.progress import Bar
 
 _LABELS = {"loss": "loss", "kl": "KL", "cross_entropy": "CE"}
@@ -43,8 +44,7 @@ class StageMonitor:
 
     def __init__(self, stage: StageSection, guard: Guard, speed: Speed, metrics: Path, device: torch.device) -> None:
         self.stage, self.guard, self.speed, self.metrics, self.device = stage, guard, speed, metrics, device
-        if parallel.is_main():
-            self.metrics.write_text("")
+        self._write_metrics("")
         self.bar: Bar | None = None
         # Of the step that is being made: on the device, summed over its batches.
         self._sums: dict[str, torch.Tensor] = {}
@@ -130,8 +130,13 @@ class StageMonitor:
         if not parallel.is_main():
             return
         entry = {"step": step, "tokens": round(step * self.speed.tokens_per_step), "loss": None, "grad_norm": None}
-        with self.metrics.open("a") as file:
+        with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(entry | logs) + "\n")
+
+    def _write_metrics(self, lines: str) -> None:
+        if parallel.is_main():
+            with naming(self.metrics):
+                self.metrics.write_text(lines)
 
     @property
     def seconds(self) -> float:
@@ -156,8 +161,7 @@ class StageMonitor:
 
     def restore(self, state: dict[str, Any]) -> None:
         self._steps, self._seconds_before = state["steps"], state["seconds"]
-        if parallel.is_main():
-            self.metrics.write_text(state["metrics"])
+        self._write_metrics(state["metrics"])
         self.guard.restore(state["guard"])
 
 

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from hylo.files import naming
+
 _MODEL, _OPTIMIZER = "model-shards", "optimizer-shards"
 
 
@@ -34,7 +36,8 @@ def _as_one_error(folder: Path) -> Iterator[None]:
     except CheckpointException as error:
         first = next(iter(error.failures.values()), (error,))[0]
         if isinstance(first, OSError):
-            raise first from None
+            with naming(folder):
+                raise first from None
         raise OSError(f"{folder}: {' '.join(str(first).split())[:200]}") from None
 
 
