@@ -23,6 +23,7 @@ from hylo.progress import console
 _MANIFEST = "checkpoint.json"
 _PREFIX = "checkpoint-"
 _PARTIAL = ".partial-"
+_TORCH_WRITERS = ("inline_container", "StreamWriter", "basic_ios", "iostream error")
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,8 @@ def _opened(folder: Path, step: int) -> Checkpoint:
 
 
 def _is_torch_writers(error: BaseException) -> bool:
-    """torch.save raises a bare RuntimeError where it cannot write, with a line of its source in it."""
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "StreamWriter"))
+    """torch.save raises a bare RuntimeError where it cannot write: with a line of its source, or C++'s words."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH_WRITERS)
 
 
 def _reason(error: BaseException) -> str:

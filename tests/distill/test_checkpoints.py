@@ -225,6 +225,21 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     assert_same(run()[0], whole(every=10**6)[0])
 
 
+def test_what_torch_says_of_a_full_disk(runs: Callable[..., Runs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its versions do not agree, and none raises an OSError; what is no word of its writers stays a traceback."""
+    run = runs()
+    words = ["[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0", "basic_ios::clear: iostream error"]
+    for said in words:
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.save", lambda *_, said=said, **__: (_ for _ in ()).throw(RuntimeError(said)))
+            with pytest.raises(HyLoError, match=r"the checkpoint at step 2 .*torch.save failed, as on a full disk"):
+                run()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
+        with pytest.raises(RuntimeError, match="a bug"):
+            run()
+
+
 @pytest.mark.parametrize("limit", [1000, 100_000, 300_000])
 def test_files_that_really_cannot_grow(runs: Callable[..., Runs], limit: int) -> None:
     """The system's own limit on a file's size, as a full disk: whatever writes, the error is the same one line."""
