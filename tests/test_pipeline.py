@@ -133,6 +133,17 @@ def test_the_same_recipe_gives_the_same_weights(finished: Path, recipe: Recipe, 
         torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
 
 
+def test_the_recipe_says_the_precision(
+    finished: Path, recipe: Recipe, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what accelerate was configured with, whose variables may lie in the environment of a container."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    UpcycleRun(recipe, run_folder).run(first="stage2", until="stage2")
+    ours, theirs = (folder / "stage2" / "model.safetensors" for folder in (run_folder, finished))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_a_run_that_cannot_write_its_own_file_may_be_started_again(recipe: Recipe, tmp_path: Path) -> None:
     """On a full disk, or killed in the middle of that file."""
     output = tmp_path / "run"

@@ -25,18 +25,30 @@ from hylo.upcycle.trace import layers_of
 
 # How long ranks wait for one that converts, calibrates or evaluates.
 _PATIENCE = datetime.timedelta(hours=24)
+# Of accelerate's configuration: precision and accumulation, and what would wrap or compile models.
+_SAID_BY_THE_RECIPE = (
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_DYNAMO_BACKEND",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
 
 T = TypeVar("T")
 
 
 def begin() -> None:
-    """Joins the other processes of a run, where there are any. Before the first model is loaded."""
+    """Joins the other processes of a run, where there are any. Before the first model is loaded.
+
+    What accelerate was configured with is dropped, by one process too: it would change what the recipe says.
+    """
+    for name in _SAID_BY_THE_RECIPE:
+        os.environ.pop(name, None)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        # The recipe says these; what a launcher was configured with would wrap models a second time.
-        for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-            os.environ.pop(name, None)
         PartialState(cpu=not torch.cuda.is_available())
         _waiting_room()
         console.quiet = not is_main()
