@@ -34,10 +34,10 @@ class StageTrainer(Trainer):
         self.monitor, self.checkpoints = monitor, checkpoints
         self.loss_parts = {}
         self._writing_to: Path | None = None
-        if self.sharded:
-            # Its parameters lie on their devices, and reduce their own gradients: all that is left is autocast.
-            prepare = self.accelerator.prepare_model
-            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
+        # Sharded, its parameters lie on their devices and reduce their own gradients; and a launcher's group of one
+        # process needs no wrapping (DDP) either: all that is left is autocast.
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
 
     @property
     def sharded(self) -> bool:

@@ -11,9 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
+from stages import STAGE
 from test_resume import metrics
+from tiny import random_packed
+
+from hylo.distill import parallel
+from hylo.distill.checkpoints import Checkpoints
+from hylo.distill.engine import StageTrainer
+from hylo.distill.recipe import CheckpointsSection, StageSection
+from hylo.distill.trainer import Carrying, train_stage
+from hylo.upcycle.bases import load_model
 
 STAGES = ("stage1", "stage2")
 STEPS = 6
@@ -166,6 +176,38 @@ def test_muon_on_two_ranks_makes_the_steps_of_one(recipe: Path, tmp_path: Path) 
         for ours, theirs in zip(metrics(output / stage), metrics(alone / stage), strict=True):
             # Singular values are set by products in bfloat16, which shards round otherwise.
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3), (stage, ours["step"])
+
+
+def train_in_a_group_of_one(_: int, student: Path, teacher: Path, output: Path, port: int) -> None:
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    stage = StageSection(**STAGE | {"tokens": 16 * 2 * 2})
+    wrapped: list[str] = []
+    training_step = StageTrainer.training_step
+
+    def seen(self: StageTrainer, model: torch.nn.Module, *args: Any) -> torch.Tensor:
+        wrapped.append(type(model).__name__)
+        return training_step(self, model, *args)
+
+    StageTrainer.training_step = seen
+    parallel.begin()
+    models = load_model(student, torch.float32), load_model(teacher, torch.float32)
+    checkpoints = Checkpoints("stage2", output / "checkpoints", "0" * 16)
+    carrying = Carrying(checkpoints, CheckpointsSection(steps=1))
+    train_stage(stage, *models, random_packed(4, 16), output, dtype=torch.float32, seed=0, carrying=carrying)
+    (output / "wrapped.json").write_text(json.dumps(wrapped))
+    # The group that accelerate joined for the launcher.
+    assert torch.distributed.is_initialized()
+    os._exit(0)
+
+
+def test_a_launcher_of_one_process_wraps_nothing(base_folder: Path, mixed_folder: Path, tmp_path: Path) -> None:
+    """torchrun --nproc-per-node 1: the group that there then is has nobody to reduce gradients with."""
+    arguments = (mixed_folder, base_folder, tmp_path, free_port())
+    torch.multiprocessing.spawn(train_in_a_group_of_one, arguments, nprocs=1)
+    assert json.loads((tmp_path / "wrapped.json").read_text()) == ["HyLoForCausalLM"] * 2
+    assert (tmp_path / "checkpoints" / ("0" * 16) / "checkpoint-1" / "model.safetensors").is_file()
 
 
 def test_windows_that_do_not_divide_are_refused(recipe: Path, tmp_path: Path) -> None:
