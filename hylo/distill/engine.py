@@ -132,6 +132,9 @@ class StageCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.monitor.step_done()
+        if state.global_step >= state.max_steps:
+            # However many steps a line is for, the last line is for the last ones.
+            control.should_log = True
         if self.section is None:
             return
         due = parallel.is_main() and self._due(self.section, state.global_step)

@@ -179,8 +179,16 @@ def train_stage(
     student.model.stream_dtype = None
     for layer in student.model.decoder_layers:
         layer.mlp.chunk_size = None
-    if callback.stopping:
-        line = f"{stage.name}: stopped at step {trainer.state.global_step} of {stage.steps}; run again to go on"
+    # Outside of `_signals`: what asks from now on ends the process by itself.
+    [stopping] = parallel.any_rank(bool(request))
+    if stopping:
+        step = trainer.state.global_step
+        if resume is not None and resume.step >= stage.steps:
+            step = resume.step
+        elif not callback.stopping:
+            # Asked for after the last step, of which there is no checkpoint yet.
+            trainer._save_checkpoint(student, trial=None)
+        line = f"{stage.name}: stopped at step {step} of {stage.steps}; run again to go on"
         console.print(line, highlight=False, markup=False)
         request.obey()
     student.requires_grad_(True)

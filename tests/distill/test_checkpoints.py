@@ -14,6 +14,7 @@ import torch
 from stages import KilledError, Runs, assert_same, at_step, send
 
 from hylo.distill.checkpoints import Checkpoints
+from hylo.distill.progress import StageMonitor
 from hylo.errors import HyLoError
 from hylo.files import read_json
 
@@ -116,6 +117,23 @@ def test_a_signal_saves_and_ends(
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     assert broken.steps() == [step]
     resumed, told = broken(every=10**6)
+    assert_same(weights, resumed)
+    assert told == logs
+
+
+def test_a_signal_after_the_last_step_saves_and_ends(runs: Callable[..., Runs]) -> None:
+    """It was asked for while the stage trained; the next run has no step to make, and is asked to end too."""
+    whole, broken = runs("whole"), runs("broken")
+    weights, logs = whole(every=10**6)
+    close = StageMonitor.close
+    for _ in range(2):
+        with broken.monkeypatch.context() as patch:
+            patch.setattr(StageMonitor, "close", lambda self: (close(self), send(signal.SIGTERM)()))
+            with pytest.raises(SystemExit) as ended:
+                broken(every=5)
+        assert ended.value.code == 143
+        assert broken.steps() == [12]
+    resumed, told = broken(every=5)
     assert_same(weights, resumed)
     assert told == logs
 

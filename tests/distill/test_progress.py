@@ -36,6 +36,17 @@ def test_a_line_of_metrics(student: HyLoForCausalLM, teacher: LlamaForCausalLM, 
     assert logs[0]["seconds"] < logs[1]["seconds"] < logs[2]["seconds"]
 
 
+def test_the_last_steps_are_told(
+    student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they are fewer than a line is for."""
+    monkeypatch.setattr("hylo.distill.trainer._LOGGED_STEPS", 2)
+    stage = STAGE.model_copy(update={"tokens": 16 * 2 * 5})
+    logs = train_stage(stage, student, teacher, random_packed(10, 16), tmp_path, dtype=torch.float32, seed=0)
+    assert [log["step"] for log in logs] == [2, 4, 5]
+    assert logs[-1]["loss"] > 0
+
+
 def test_the_status_names_what_there_is(tmp_path: Path) -> None:
     speed = Speed(tokens_per_step=1000.0, flops_per_token=1e9, peak_flops=1e15)
     monitor = StageMonitor(STAGE, Guard("stage2"), speed, tmp_path / "metrics.jsonl", torch.device("cpu"))
