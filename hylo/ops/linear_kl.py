@@ -48,6 +48,7 @@ def linear_kl_reference(
     top_k: int | None = None,
 ) -> Tensor:
     """The definition, with whole matrices in float64, by autograd; see `fused_linear_kl`."""
+    _check(student_hidden, student_head, teacher_hidden, teacher_head, mask, count, temperature, top_k)
     student = (student_hidden.double() @ student_head.double().T / temperature).log_softmax(-1)
     teacher = (teacher_hidden.double() @ teacher_head.double().T / temperature).log_softmax(-1).detach()
     terms = teacher.exp() * (teacher - student)
@@ -64,6 +65,44 @@ def linear_kl_reference(
         mask = torch.ones_like(per_token)
     count = mask.sum().clamp(min=1) if count is None else count
     return temperature**2 * (per_token * mask).sum() / count
+
+
+def _check(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    mask: Tensor | None,
+    count: Tensor | float | None,
+    temperature: float,
+    top_k: int | None,
+) -> None:
+    """Raises ValueError on what the loss is not defined for."""
+    for name, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
+        if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+            raise ValueError(
+                f"{name}: hidden states {tuple(hidden.shape)} and head {tuple(head.shape)}; expected [N, D] and [V, D]"
+            )
+    if student_head.shape[0] != teacher_head.shape[0]:
+        raise ValueError(
+            f"student and teacher heads differ in vocabulary: {student_head.shape[0]} and {teacher_head.shape[0]}"
+        )
+    tokens = student_hidden.shape[0]
+    if teacher_hidden.shape[0] != tokens:
+        raise ValueError(f"student and teacher differ in tokens: {tokens} and {teacher_hidden.shape[0]}")
+    if mask is not None and mask.shape != (tokens,):
+        raise ValueError(f"mask {tuple(mask.shape)}; expected one value for each of {tokens} tokens")
+    if mask is not None and mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask holds values between 0 and 1 or beyond; expected a token to count or not")
+    # A tensor on a GPU is taken as it is: to look at it would wait for the work queued before.
+    if count is not None and not (isinstance(count, Tensor) and count.is_cuda):
+        value = float(count)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"count {value}; expected a positive number")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature {temperature}; expected a positive number")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k}; expected at least 1")
 
 
 def difference_(
@@ -330,10 +369,11 @@ def fused_linear_kl(
         student_head: `[V, D]`. Tied to the embedding or not: its gradient adds to others.
         teacher_hidden: `[N, D']`; the teacher's width may differ. No gradient.
         teacher_head: `[V, D']`.
-        mask: `[N]`, true (or 1) where the token counts; all do by default. On a GPU a mask waits for the work queued
-            before.
-        count: what to divide by; the number of real tokens by default. Pass the number over a whole accumulated batch,
-            on all ranks, to make the loss independent of how the batch is cut.
+        mask: `[N]`, true (or 1) where the token counts; all do by default. No weights: other values are refused. On a
+            GPU a mask waits for the work queued before.
+        count: what to divide by, above zero; the number of real tokens by default, 1 where there is none. Pass the
+            number over a whole accumulated batch, on all ranks, to make the loss independent of how the batch is cut.
+            A tensor on a GPU is not looked at.
         chunk_size: tokens whose logits exist at a time; by default on a GPU as many as 1 GiB of workspace allows.
         head_grad_dtype: in which the head's gradient is summed over chunks: the head's own by default (float32 for
             float16). A sum in bfloat16 rounds once for every chunk: over 22 chunks a relative error of 0.5 %, beside
@@ -341,16 +381,10 @@ def fused_linear_kl(
             bfloat16 takes twice the gradient's memory until the end.
 
     Raises:
-        ValueError: where the two heads differ in vocabulary, or an argument is out of its range.
+        ValueError: where the two heads differ in vocabulary, student and teacher in tokens, or an argument is out of
+            its range.
     """
-    if student_head.shape[0] != teacher_head.shape[0]:
-        raise ValueError(
-            f"student and teacher heads differ in vocabulary: {student_head.shape[0]} and {teacher_head.shape[0]}"
-        )
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature {temperature}; expected a positive number")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k {top_k}; expected at least 1")
+    _check(student_hidden, student_head, teacher_hidden, teacher_head, mask, count, temperature, top_k)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size}; expected at least 1")
     device, words = student_hidden.device, student_head.shape[0]
@@ -370,7 +404,7 @@ def fused_linear_kl(
     if rows is not None and len(rows) == len(student_hidden):
         rows = None
     if count is None:
-        count = len(student_hidden) if rows is None else len(rows)
+        count = max(1, len(student_hidden) if rows is None else len(rows))
     wide = torch.promote_types(student_dtype, torch.float32)
     settings = _Settings(
         temperature=temperature,
@@ -388,6 +422,6 @@ def fused_linear_kl(
         teacher_hidden.detach(),
         teacher_head,
         rows,
-        torch.as_tensor(count, dtype=wide, device=device).clamp(min=1),
+        torch.as_tensor(count, dtype=wide, device=device),
         settings,
     )

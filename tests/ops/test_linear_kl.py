@@ -179,10 +179,10 @@ def test_cut_of_the_batch_does_not_matter() -> None:
     assert_same(sum(parts), expected, inputs, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("count", [50, 50.0, torch.tensor(50)])
+@pytest.mark.parametrize("count", [50, 50.0, torch.tensor(50), 0.25, torch.tensor(0.25)])
 def test_count_divides_the_sum(count: float | Tensor) -> None:
     inputs = make_inputs()
-    expected = linear_kl_reference(**inputs) * inputs["mask"].sum() / 50
+    expected = linear_kl_reference(**inputs) * inputs["mask"].sum() / float(count)
     torch.testing.assert_close(fused_linear_kl(**inputs, count=count), expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(linear_kl_reference(**inputs, count=count), expected, rtol=0, atol=1e-10)
 
@@ -236,12 +236,28 @@ def test_backward_twice_gives_the_same_twice() -> None:
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"temperature": math.inf}, "temperature inf"),
         ({"top_k": 0}, "top_k 0"),
-        ({"chunk_size": 0}, "chunk_size 0"),
+        ({"count": 0}, "count 0.0; expected a positive number"),
+        ({"count": torch.tensor(-1)}, "count -1.0"),
+        ({"count": math.nan}, "count nan"),
+        ({"mask": torch.full((TOKENS,), 0.5)}, "mask holds values between"),
+        ({"mask": torch.full((TOKENS,), 2)}, "mask holds values"),
+        ({"mask": torch.ones(TOKENS + 1)}, "each of 37 tokens"),
+        ({"mask": torch.ones(1, TOKENS)}, r"mask \(1, 37\)"),
+        ({"teacher_hidden": torch.randn(TOKENS + 1, TEACHER_WIDTH)}, "differ in tokens: 37 and 38"),
+        ({"teacher_hidden": torch.randn(TOKENS, WIDTH)}, r"teacher: hidden states \(37, 6\) and head \(23, 9\)"),
+        ({"student_hidden": torch.randn(1, TOKENS, WIDTH)}, "student: hidden states"),
     ],
 )
 def test_out_of_range_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fused_linear_kl(**make_inputs(), **change)
+    """By the definition too."""
+    for function in (fused_linear_kl, linear_kl_reference):
+        with pytest.raises(ValueError, match=message):
+            function(**make_inputs() | change)
+
+
+def test_a_chunk_of_no_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="chunk_size 0"):
+        fused_linear_kl(**make_inputs(), chunk_size=0)
 
 
 def test_different_vocabularies_are_refused() -> None:
