@@ -3,6 +3,12 @@
 Importing the package registers its model with transformers' Auto classes.
 """
 
+import logging
+
+# Imported by transformers where it is installed, torchao lists its kernels for other machines, on standard error.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hylo.config import HyLoConfig

@@ -296,7 +296,7 @@ class UpcycleRun:
             parallel.share_of_rank(stage)
             if stage.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
                 raise HyLoError(
-                    f"{stage.name}: optimizer adamw_8bit needs torchao; install it with: pip install torchao"
+                    f"{stage.name}: optimizer adamw_8bit needs torchao; install it with: pip install 'hylo[optim]'"
                 )
         self.corpus.check()
         resolve_base(self.recipe.base)

@@ -95,7 +95,6 @@ def test_where_metrics_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tensorboard(student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     carrying = Carrying(report_to=["tensorboard"], logs=tmp_path / "tensorboard")
