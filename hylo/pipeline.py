@@ -324,7 +324,8 @@ class UpcycleRun:
         """Does the steps that are not done yet. Returns what each step kept, by name.
 
         Args:
-            first: do this step and those after it again, whatever is there.
+            first: do this step and those after it again, whatever is there. Where a run was stopped that was asked for
+                the same, of the same recipe, it is gone on with.
             until: stop after this step.
 
         Raises:
@@ -337,6 +338,8 @@ class UpcycleRun:
             results[step.name] = self._do(step)
             if step.name == until:
                 break
+        if first is not None:
+            parallel.on_main(lambda: self._write_run_file(None))
         return results
 
     def _prepare(self, first: str | None, until: str | None) -> dict[str, str]:
@@ -350,20 +353,37 @@ class UpcycleRun:
         self._check_output()
         fingerprints = self._fingerprints
         redo = names[names.index(first) :] if first else []
+        asked = {"from": first, "until": until, "fingerprint": fingerprints[names[-1]]} if first else None
+        if asked is not None and self._begun() == asked:
+            line = f"going on with what --from {first} began; once finished, the same command begins anew"
+            console.print(line, style="dim", highlight=False, markup=False)
+            redo = []
         self._check_fingerprints(fingerprints, redo)
         self.check()
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HyLoError(f"cannot write to {self.output}: {error.strerror}") from None
-        write_json(self.output / _RUN_FILE, {"hylo": __version__, "recipe": self.recipe.model_dump()})
+        self._write_run_file(None)
         # What a run that was killed had begun.
         for leftover in self.output.glob(".*.partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for name in redo:
             shutil.rmtree(self.output / name, ignore_errors=True)
             self._stage_checkpoints(name).clear()
+        # Only now that what was there is gone.
+        self._write_run_file(asked)
         return fingerprints
+
+    def _write_run_file(self, redo: dict[str, Any] | None) -> None:
+        """Says by which recipe the run was last carried out, and which steps it is doing again."""
+        told = {"hylo": __version__, "recipe": self.recipe.model_dump(), "redo": redo}
+        write_json(self.output / _RUN_FILE, told)
+
+    def _begun(self) -> dict[str, Any] | None:
+        """Which steps a run was doing again when it was stopped."""
+        file = self.output / _RUN_FILE
+        return read_json(file).get("redo") if file.is_file() else None
 
     def _check_output(self) -> None:
         """Raises HyLoError where the output is not a folder of runs: nothing of the user's own is written over."""

@@ -227,9 +227,31 @@ def test_checkpoints_of_another_recipe_are_left_alone(
 
 
 def test_first_begins_a_stopped_stage_anew(stopped: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it is another command than the one that was stopped."""
     UpcycleRun(recipe, stopped).run(first="stage2", until="stage2")
     assert "going on" not in capsys.readouterr().err
     assert ".stage2.checkpoints" not in names(stopped)
+
+
+def test_the_same_command_with_first_goes_on(
+    stopped: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a scheduler starts a job again that it stopped; what it had cleared is not cleared again."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill)
+        with pytest.raises(KilledError):
+            UpcycleRun(with_checkpoints(recipe), stopped).run(first="stage2")
+    told = capsys.readouterr().err
+    assert "going on with what --from stage2 began" in told
+    assert "stage2: going on from step 2 of 4" in told
+    UpcycleRun(with_checkpoints(recipe), stopped).run(first="stage2")
+    before = step_files(stopped)
+    # It is finished: now the same command is another time.
+    UpcycleRun(with_checkpoints(recipe), stopped).run(first="report")
+    after = step_files(stopped)
+    assert {name for name in STEPS if after[name] != before[name]} == {"report"}
+    UpcycleRun(with_checkpoints(recipe), stopped).run(first="report")
+    assert step_files(stopped)["report"] != after["report"]
 
 
 def test_a_damaged_checkpoint_stops_the_run(stopped: Path, recipe: Recipe) -> None:
