@@ -199,7 +199,7 @@ class UpcycleRun:
 
     def _stage_step(self, index: int, stage: StageSection) -> Step:
         recipe = self.recipe
-        depends = [stage.model_dump(), self._teacher_digest, self._data, recipe.seed, str(self.dtype)]
+        depends = [stage.identity, self._teacher_digest, self._data, recipe.seed, str(self.dtype)]
         # Calibration has the recipe's seed; each stage its own, and so other windows of the text.
         return Step(
             stage.name, depends, lambda folder: self._stage(stage, folder, recipe.seed + 1 + index), together=True

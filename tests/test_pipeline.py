@@ -200,6 +200,17 @@ def with_checkpoints(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"checkpoints": CheckpointsSection(steps=2)})
 
 
+def test_a_stage_that_ran_out_of_memory_goes_on_with_less(
+    stopped: Path, base_folder: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What only spares memory is turned on in the middle, and where the stage is done makes it no other."""
+    spared = make_recipe(base_folder, text_folder, gradient_checkpointing=True, mlp_chunk=8, offload=["activations"])
+    UpcycleRun(spared, stopped).run(until="stage2")
+    assert "stage2: going on from step 2 of 4" in capsys.readouterr().err
+    UpcycleRun(make_recipe(base_folder, text_folder), stopped).run(until="stage2")
+    assert "stage2: already done" in capsys.readouterr().err
+
+
 def test_a_stopped_stage_goes_on(
     stopped: Path, finished: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:

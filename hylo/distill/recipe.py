@@ -18,6 +18,8 @@ def _not_other_text(value: Any) -> Any:
     return value
 
 
+# Keys of a stage that only spare memory.
+_MEMORY = ("gradient_checkpointing", "mlp_chunk", "offload")
 # Of tokens a window: one predicts nothing.
 Length = Annotated[int, Field(gt=1)]
 
@@ -123,6 +125,13 @@ class StageSection(Section):
         if self.tokens < self.tokens_per_step:
             raise ValueError(f"tokens is {self.tokens}, less than one step of {self.tokens_per_step}")
         return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this stage from one that trains to other weights: all but what spares memory, and changes rounding
+        alone."""
+        spared = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in _MEMORY}
+        return self.model_copy(update=spared).model_dump()
 
     @property
     def tokens_per_step(self) -> int:

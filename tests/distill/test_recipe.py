@@ -56,6 +56,24 @@ def test_a_step_is_all_its_windows() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("gradient_checkpointing", True, True),
+        ("mlp_chunk", 4, True),
+        ("offload", ["activations", "teacher"], True),
+        # Moments in 8 bits are other moments.
+        ("optimizer", "adamw_8bit", False),
+        ("learning_rate", 2e-3, False),
+        ("length", 4, False),
+    ],
+)
+def test_what_only_spares_memory_is_the_same_stage(key: str, value: Any, same: bool) -> None:
+    stages = [parse_recipe(recipe).stages[1] for recipe in (RECIPE, changed(["stages", 1, key], value))]
+    assert (stages[0].identity == stages[1].identity) == same
+    assert stages[0].identity == stages[0].model_dump()
+
+
+@pytest.mark.parametrize(
     ("path", "value", "place", "expected"),
     [
         (["bse"], 1, "bse", "base"),
