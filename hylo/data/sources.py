@@ -12,7 +12,7 @@ from typing import Any
 
 from hylo.data.documents import Document, text_digest, unit_hash
 from hylo.data.sections import SourceSection
-from hylo.data.tables import documents_of, first_line, read_json_rows, read_parquet_rows, require_datasets, told
+from hylo.data.tables import Rows, documents_of, first_line, read_json_rows, read_parquet_rows, require_datasets, told
 from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.tokens import TokenFolder
 from hylo.errors import HyLoError
@@ -107,6 +107,10 @@ def open_source(source: str | SourceSection) -> OpenSource:
         folder = TokenFolder(name)
         folder.stores()
         return OpenSource(section, lambda: _no_text(name), folder.digest)
+    path = expand_user(name)
+    if _is_saved(path):
+        saved = _SavedDataset(section, path)
+        return OpenSource(section, saved.read, saved.digest)
     files = _find_files(name)
     return OpenSource(section, lambda: _read_files(files, section), lambda: _files_digest(files))
 
@@ -213,6 +217,38 @@ def _files_digest(files: dict[str, Path]) -> str:
     except OSError as error:
         raise HyLoError(f"{error.filename} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
+
+
+# Datasets of Hugging Face, as `save_to_disk` left them.
+
+
+def _is_saved(path: Path) -> bool:
+    """Raises HyLoError where there are several splits, or the package that reads them is not installed."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file())
+        raise HyLoError(f"{path} is a dataset of splits {', '.join(splits)}; name one, as {path}/{splits[0]}")
+    if not all((path / name).is_file() for name in ("state.json", "dataset_info.json")):
+        return False
+    require_datasets()
+    return True
+
+
+@dataclass(frozen=True)
+class _SavedDataset:
+    section: SourceSection
+    folder: Path
+
+    def read(self) -> Iterator[Document]:
+        rows = told(self._rows, f"{self.folder} cannot be read")
+        return documents_of(rows, self.section, self.folder.name)
+
+    def _rows(self) -> Rows:
+        rows = require_datasets().load_from_disk(str(self.folder))
+        wanted = [column for column in (self.section.text, self.section.messages) if column is not None]
+        return iter(rows.select_columns(wanted) if wanted and set(wanted) <= set(rows.column_names) else rows)
+
+    def digest(self) -> str:
+        return _files_digest({path.name: path for path in self.folder.iterdir() if path.is_file()})
 
 
 # The hub.

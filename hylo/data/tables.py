@@ -39,7 +39,7 @@ def require_datasets() -> Any:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise HyLoError(
-            "reading Parquet files and hf: datasets needs datasets; install it with: pip install 'hylo[train]'"
+            "reading Parquet files, saved and hf: datasets needs datasets; install it with: pip install 'hylo[train]'"
         ) from None
     # What it logs as an error it raises as well, and that is told in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

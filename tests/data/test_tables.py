@@ -203,9 +203,56 @@ def test_what_the_hub_does_not_have(hub_dataset: str, values: dict[str, Any], me
     assert "\n" not in str(error.value)
 
 
+def save(values: list[dict[str, Any]], folder: Path, **options: Any) -> str:
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(values).save_to_disk(str(folder), **options)
+    return str(folder)
+
+
+def test_a_dataset_that_was_saved(tmp_path: Path) -> None:
+    source = save(rows(6), tmp_path / "saved", num_shards=2)
+    documents = read_documents([source])
+    assert [document.text for document in documents] == [row["text"] for row in rows(6)]
+    assert documents[-1].name == "saved#5"
+    said = read_documents([save(chats(2), tmp_path / "chats")])[1].messages
+    assert said is not None
+    assert said[1] == chats(2)[1]["messages"][1]
+    # Columns and limits as of any table.
+    named = SourceSection(source=source, text="text", limit_documents=2)
+    assert [document.name for document in read_documents([named])] == ["saved#0", "saved#1"]
+    with pytest.raises(HyLoError, match="saved has no column 'body'; expected one of text, number"):
+        read_documents([SourceSection(source=source, text="body")])
+
+
+def test_what_tells_that_a_saved_dataset_changed(tmp_path: Path) -> None:
+    digests = [
+        open_source(save(rows(3, first), tmp_path / str(i) / "saved")).digest() for i, first in enumerate((0, 9))
+    ]
+    assert digests[0] != digests[1]
+    assert digests[0] == open_source(str(tmp_path / "0" / "saved")).digest()
+
+
+def test_a_saved_dataset_of_several_splits(tmp_path: Path) -> None:
+    split = datasets.Dataset.from_list(rows(2))
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(HyLoError, match=r"saved is a dataset of splits test, train; name one, as .*/saved/test"):
+        open_source(str(tmp_path / "saved"))
+    assert len(read_documents([str(tmp_path / "saved" / "train")])) == 2
+
+
+def test_a_saved_dataset_that_is_damaged(tmp_path: Path) -> None:
+    source = save(rows(2), tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    arrow.write_bytes(b"\xff" * 100)
+    with pytest.raises(HyLoError, match="saved cannot be read: ") as error:
+        read_documents([source])
+    assert "\n" not in str(error.value)
+
+
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", rows(1))
+    saved = save(rows(1), tmp_path / "saved")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for source in (str(path), "hf:owner/name"):
+    for source in (str(path), saved, "hf:owner/name"):
         with pytest.raises(HyLoError, match=r"install it with: pip install 'hylo\[train\]'"):
             read_documents([source])
