@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from stages import KilledError, Runs, assert_same, at_step, send
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo.distill.checkpoints import Checkpoints
 from hylo.distill.progress import StageMonitor
+from hylo.distill.shards import _as_one_error
 from hylo.errors import HyLoError
 from hylo.files import read_json
 
@@ -296,3 +298,10 @@ def test_another_fingerprint_finds_nothing(two_checkpoints: Runs, capsys: pytest
     assert two_checkpoints.steps() == [4, 6]
     assert Checkpoints("stage2", root.parent / "nothing", "f" * 64).latest() is None
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_rank_could_not_write_is_named(tmp_path: Path) -> None:
+    """torch gathers the errors of all ranks, and writing names no file."""
+    failed = CheckpointException("save", {1: (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), None)})
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"), _as_one_error(tmp_path):
+        raise failed
