@@ -55,13 +55,19 @@ def check_head(model: PreTrainedModel) -> None:
     if head is None:
         raise HyLoError(f"a teacher of the {model.config.model_type!r} family has no head that KL could be taken from")
     ids = torch.linspace(0, head.weight.shape[0] - 1, _TOLD_BY, device=model.device).long()[None]
-    logits = model(input_ids=ids, use_cache=False).logits
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    # Of the same pass: experts and atomic sums may round otherwise in another.
+    decoder, final = model.get_decoder(), []
+    handle = decoder.register_forward_hook(lambda _, __, output: final.append(output.last_hidden_state))
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    hidden = final[0] if final else decoder(input_ids=ids, use_cache=False).last_hidden_state
     ours = functional.linear(hidden, head.weight)
     fits = ours.shape == logits.shape
     if fits:
         off = (logits.float().log_softmax(-1) - ours.float().log_softmax(-1)).abs().max().item()
-        # Both are made by the same passes, and rounded to the model's dtype: by some units in the last place at most.
+        # Both are rounded to the model's dtype: by some units in the last place at most.
         fits = off <= 4 * torch.finfo(hidden.dtype).eps * max(1.0, logits.abs().max().item())
     if fits:
         return
