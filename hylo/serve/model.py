@@ -18,6 +18,7 @@ from hylo.config import HyLoConfig
 from hylo.mixers import mixer_class
 from hylo.serve.architecture import keeps_latents
 from hylo.serve.attention import ServedAttention
+from hylo.serve.compilation import tell
 from hylo.serve.delta import ServedGDN, ServedKDA
 from hylo.serve.mamba2 import ServedMamba2
 from hylo.serve.mla import ExpandedMLA
@@ -142,6 +143,7 @@ class ServedHyLo(nn.Module):
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         super().__init__()
         self.config: HyLoConfig = vllm_config.model_config.hf_config
+        tell(vllm_config)
         self.model = ServedModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size,

@@ -3,7 +3,6 @@
 vLLM's own gather knows two sizes of latents; this one takes any, and may begin at any token of a page.
 """
 
-
 import torch
 from torch import Tensor
 from vllm.triton_utils import tl, triton
@@ -56,7 +55,7 @@ def gather_latents_reference(
 
 
 @triton.jit
-def _gather(
+def _gather(  # type: ignore[no-untyped-def]
     cache,
     block_table,
     token_to_seq,
@@ -72,7 +71,7 @@ def _gather(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, PADDED)
     inside = row < rows
