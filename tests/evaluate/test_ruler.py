@@ -3,9 +3,11 @@
 import ast
 import importlib.util
 import json
+import random
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from hylo.evaluate.data import LocalData
 from hylo.evaluate.ruler import TASKS, Sample, available_tasks, make_samples, samples_digest, score
 from hylo.evaluate.ruler.generate import fit
 from hylo.evaluate.ruler.tasks import Draft
-from hylo.evaluate.ruler.words import DEPTHS
+from hylo.evaluate.ruler.words import DEPTHS, all_words
 
 OFFLINE = [name for name in TASKS if name != "qa_hotpotqa"]
 NEEDLE = re.compile(r"One of the special magic (?:number|uuid)s? for (\S+) is: (\S+)\.")
@@ -199,6 +201,48 @@ def test_prompts_are_worded_as_in_the_harness(samples: list[Sample]) -> None:
     begin, end = qa["CONFIG"]["template"].split("{context}")
     assert by_task["qa_squad"].startswith(begin + "Document 1:\n")
     assert re.search(re.escape(end).replace(r"\{query\}", ".*") + " Answer:$", by_task["qa_squad"])
+
+
+def drawn_by(sample: Sample) -> random.Random:
+    """The generator that a sample was made with, at its start."""
+    return random.Random(f"0/{sample.task}/{sample.length}/{sample.index}")
+
+
+def test_variable_tracking_is_the_harness_s_prompt_to_the_letter(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own code, drawing from the same generator, makes the worked example, its answer and the question."""
+    from lm_eval.tasks.ruler import vt_utils
+
+    for sample in [sample for sample in samples if sample.task == "vt"]:
+        rng = drawn_by(sample)
+        monkeypatch.setattr(vt_utils, "random", rng)
+        drawing = SimpleNamespace(randint=lambda low, high, rng=rng: rng.randint(low, high - 1))
+        monkeypatch.setattr(vt_utils, "np", SimpleNamespace(random=drawing))
+        example, question = sample.prompt.split("\n\n\n\n")
+        begun, names = vt_utils.generate_input_output(example.count("grass"), 1, 4, is_icl=True)
+        asked, _ = vt_utils.generate_input_output(question.count("grass"), 1, 4)
+        # As `sys_vartrack_w_noise_random` lays them together.
+        built = f"{begun} {' '.join(names)}\n\n" + "\n\n" + asked
+        assert sample.prompt == built.rstrip()
+
+
+def test_common_words_is_the_harness_s_prompt_to_the_letter(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worked example stands in RULER's prompt: the harness makes it, and then leaves it out."""
+    from lm_eval.tasks.ruler import cwe_utils
+
+    monkeypatch.setattr(cwe_utils, "WORDS", all_words())
+    for sample in [sample for sample in samples if sample.task == "cwe"]:
+        rng = drawn_by(sample)
+        monkeypatch.setattr(cwe_utils, "random", rng)
+        monkeypatch.setattr(cwe_utils, "RNG", rng)
+        listed = sample.prompt[sample.prompt.rindex("Below is a numbered") : sample.prompt.rindex("Question:")]
+        example, question, _ = cwe_utils.generate_input_output(
+            len(set(re.findall(r"\d+\. (\S+)", listed))), sample.length
+        )
+        assert sample.prompt == f"{example}\n{question}"
 
 
 def test_hotpotqa_comes_from_a_folder(tmp_path: Path, smollm2_tokenizer: Any) -> None:
