@@ -11,7 +11,7 @@ from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
 from hylo.evaluate.page.sources import Run, Sources
 from hylo.evaluate.report import row_labels
-from hylo.evaluate.show import score_rows
+from hylo.evaluate.show import missing_lines, notes, score_rows, table_rows
 from hylo.evaluate.suites import read_config
 from hylo.upcycle.bases import weights_digest
 from hylo.upcycle.layout import format_layout
@@ -47,7 +47,7 @@ def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
     base = config.base_model or "an unknown base"
     run = next((run for run in sources.runs if run.report and run.report["token_mixers"] == config.token_mixers), None)
     weights = weights_digest(folder)
-    result = _of(weights, sources)
+    results = _of(weights, sources)
     whole = _of(weights, Sources(evaluations=[one for one in sources.evaluations if _is_whole(one)]))
     name = f"{base.removeprefix('package:').rstrip('/').split('/')[-1]}-{layout.replace(' ', '-')}"
     metadata: dict[str, Any] = {
@@ -58,8 +58,8 @@ def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
     }
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         metadata |= {"base_model": base, "base_model_relation": "finetune"}
-    if whole is not None:
-        metadata["model-index"] = [{"name": name, "results": _hub_results(whole)}]
+    if whole:
+        metadata["model-index"] = [{"name": name, "results": _hub_results(whole[0])}]
     share = config.cache_elements_per_token / config.base_cache_elements_per_token
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n{_MARK}\n",
@@ -72,15 +72,16 @@ def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
     ]
     if run is not None:
         parts += [_training(run), _steps(run)]
-    if result is not None:
-        parts.append(_scores(result, sources))
+    if results:
+        parts.append(_scores(results, sources))
     parts.append(_usage(folder))
     return "\n".join(part for part in parts if part)
 
 
-def _of(weights: str, sources: Sources) -> dict[str, Any] | None:
-    """The scores of a model of these weights, whatever its folder was called."""
-    return next((one for one in sources.results if one.get("weights_sha256") == weights), None)
+def _of(weights: str, sources: Sources) -> list[dict[str, Any]]:
+    """The scores of a model of these weights, whatever its folder was called; without a chat template first."""
+    found = [one for one in sources.results if one.get("weights_sha256") == weights]
+    return sorted(found, key=lambda one: one["way"]["chat"] != "no chat template")
 
 
 def _is_whole(evaluation: dict[str, Any]) -> bool:
@@ -160,21 +161,18 @@ def _steps(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _scores(result: dict[str, Any], sources: Sources) -> str:
-    others = [other for other in sources.results if other["weights_sha256"] != result["weights_sha256"]]
-    columns = [dict(score_rows(one)) for one in (result, *others)]
-    names = ["this model", *(Path(other["reference"]).name for other in others)]
+def _scores(ours: list[dict[str, Any]], sources: Sources) -> str:
+    others = [other for other in sources.results if other.get("weights_sha256") != ours[0]["weights_sha256"]]
+    names = [", ".join(filter(None, ("this model", one["measured"]))) for one in ours]
+    names += [", ".join(filter(None, (Path(other["reference"]).name, other["measured"]))) for other in others]
     lines = ["## Scores\n", f"| | metric | n | {' | '.join(names)} |", f"| --- | --- | ---: |{' ---: |' * len(names)}"]
-    for key, (_, _, count) in columns[0].items():
-        cells = []
-        for column in columns:
-            cell = column.get(key)
-            digits = {"perplexity": 2, "bits per byte": 3}.get(key[2], 1)
-            cells.append("" if cell is None else f"{cell[0]:,.{digits}f}")
-        lines.append(f"| {key[1]} | {key[2]} | {f'{count:,}' if count else ''} | {' | '.join(cells)} |")
-    limits = {evaluation["settings"]["limit"] for evaluation in sources.evaluations} - {None}
-    if limits:
-        lines.append(f"\nOf lm-eval's tasks the first {', '.join(map(str, sorted(limits)))} documents alone.")
+    for (_, label, metric), count, cells in table_rows([*ours, *others]):
+        # What the others alone were asked says nothing of this model.
+        if any(cells[: len(ours)]):
+            lines.append(f"| {label} | {metric} | {count} | {' | '.join(cells)} |")
+    lines += [
+        f"\n{line[0].upper()}{line[1:]}." for line in (*notes([*ours, *others]), *missing_lines({"results": ours}))
+    ]
     return "\n".join(lines) + "\n"
 
 

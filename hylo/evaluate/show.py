@@ -20,21 +20,35 @@ def results_table(report: Mapping[str, Any]) -> Table:
     table.add_column("n", justify="right")
     for result in results:
         table.add_column(model_name(result), justify="right")
-    columns = [dict(score_rows(result)) for result in results]
     before = None
-    for suite, label, metric in dict.fromkeys(key for column in columns for key in column):
-        cells = [column.get((suite, label, metric)) for column in columns]
+    for (suite, label, metric), number, cells in table_rows(results):
         if before not in (None, suite):
             table.add_section()
         before = suite
-        number = next((cell[2] for cell in cells if cell is not None), None)
-        table.add_row(label, metric, f"{number:,}" if number else "", *(_cell(cell, metric) for cell in cells))
+        table.add_row(label, metric, number, *cells)
     return table
 
 
+def table_rows(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str, str], str, list[str]]]:
+    """(suite, row, metric), the count and a cell for each result, as text. Where results differ in their counts, each
+    cell has its own."""
+    columns = [dict(score_rows(result)) for result in results]
+    for key in dict.fromkeys(key for column in columns for key in column):
+        cells = [column.get(key) for column in columns]
+        counts = {cell[2] for cell in cells if cell is not None and cell[2]}
+        texts = [_cell(cell, key[2]) for cell in cells]
+        if len(counts) > 1:
+            texts = [
+                f"{text} (n {cell[2]:,})" if cell is not None and cell[2] else text
+                for text, cell in zip(texts, cells, strict=True)
+            ]
+        yield key, f"{counts.pop():,}" if len(counts) == 1 else "", texts
+
+
 def model_name(result: Mapping[str, Any]) -> str:
-    """A model by its layout, or its family, and its folder."""
-    return f"{result.get('layout') or result['family']} ({Path(result['reference']).name})"
+    """A model by its layout or family, its folder, and how it was measured where that was in several ways."""
+    name = f"{result.get('layout') or result['family']} ({Path(result['reference']).name})"
+    return f"{name}, {result['measured']}" if result.get("measured") else name
 
 
 def _cell(cell: Cell | None, metric: str) -> str:
@@ -87,8 +101,8 @@ def missing_lines(report: Mapping[str, Any]) -> list[str]:
     """What was asked for and could not be had, one line each."""
     names: dict[str, dict[str, None]] = {}
     for result in report["results"]:
-        for suite in result["suites"].values():
-            for name, reason in suite.get("missing", {}).items():
+        for part in (result, *result["suites"].values()):
+            for name, reason in part.get("missing", {}).items():
                 names.setdefault(reason, {})[name] = None
     return [
         reason if all(name in reason for name in of) else f"{', '.join(of)}: {reason}" for reason, of in names.items()
@@ -97,10 +111,30 @@ def missing_lines(report: Mapping[str, Any]) -> list[str]:
 
 def caption(report: Mapping[str, Any]) -> str:
     """What a reader must know of the scores: how much was measured."""
-    parts = []
-    if report["settings"]["limit"] is not None:
-        parts.append(f"the first {report['settings']['limit']:,} documents of each task alone")
-    suites = {suite for result in report["results"] for suite in result["suites"]}
-    if "ruler" in suites:
-        parts.append(f"samples of RULER for each task and length: {report['settings']['samples']}")
-    return "; ".join(parts)
+    return "; ".join(notes(report["results"]))
+
+
+def notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How much was measured, and what more than once; with the model's name where that is not so of all."""
+    of: dict[str, list[str]] = {}
+    for result in results:
+        for line in _notes(result):
+            of.setdefault(line, []).append(model_name(result))
+    return [line if len(names) == len(results) else f"{', '.join(names)}: {line}" for line, names in of.items()]
+
+
+def _notes(result: Mapping[str, Any]) -> Iterator[str]:
+    suites = result["suites"]
+    tasks = list(suites.get("commonsense", {}).get("tasks", {}).values())
+    tasks += [suites["gsm8k"]["exact_match"]] if "gsm8k" in suites else []
+    if limits := sorted({task["documents"] for task in tasks if task["documents"] < task["of"]}):
+        yield f"the first {_either(limits)} documents of each task alone"
+    lengths = suites.get("ruler", {}).get("lengths", {}).values()
+    if samples := sorted({task["samples"] for scores in lengths for task in scores["tasks"].values()}):
+        yield f"samples of RULER for each task and length: {_either(samples)}"
+    if result.get("repeated"):
+        yield f"measured more than once, the largest shown: {', '.join(result['repeated'])}"
+
+
+def _either(counts: Sequence[int]) -> str:
+    return " or ".join(f"{count:,}" for count in counts)

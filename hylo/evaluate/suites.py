@@ -335,10 +335,10 @@ def _run_commonsense(backend: Backend, settings: Settings, data: LocalData, hub:
         measured = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat)
     for name, result in measured.items():
         result |= {"metric": COMMONSENSE[name], "origin": origins[name]} | result["metrics"][COMMONSENSE[name]]
-    return {"tasks": measured, "missing": missing, "mean": _mean(measured.values(), len(COMMONSENSE))}
+    return {"tasks": measured, "missing": missing, "mean": task_mean(measured.values(), len(COMMONSENSE))}
 
 
-def _mean(results: Any, of: int) -> dict[str, Any]:
+def task_mean(results: Any, of: int) -> dict[str, Any]:
     """The mean over tasks, labelled by how many of the published ones it is over."""
     results = list(results)
     errors = [result["stderr"] for result in results]
@@ -420,7 +420,7 @@ def run_ruler(backend: Backend, samples: Sequence[Sample], missing: dict[str, st
             for task in TASKS
             if (length, task) in scores
         }
-        mean = _mean(tasks.values(), len(TASKS)) | {"label": f"RULER-{len(tasks)}"}
+        mean = task_mean(tasks.values(), len(TASKS)) | {"label": f"RULER-{len(tasks)}"}
         lengths[str(length)] = {"tasks": tasks, "mean": mean, "seconds": round(seconds[length], 1)}
     return {"lengths": lengths, "missing": missing, "needles": needles, "prompts_sha256": samples_digest(samples)}
 

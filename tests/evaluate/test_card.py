@@ -67,7 +67,7 @@ def test_a_card_says_what_the_model_is(checkpoint: Path, sources: Sources, tiny_
         "| base | 6.06 | 0.000 | 100.0% |",
         "| | metric | n | this model | llama |\n",
         "mean of 6 of the 7 tasks",
-        "the first 1 documents alone",
+        "The first 1 documents of each task alone",
         "AutoModelForCausalLM",
     ):
         assert words in text, words
@@ -94,6 +94,21 @@ def test_a_card_is_made_again_but_a_person_s_is_kept(checkpoint: Path, sources: 
     with pytest.raises(HyLoError, match="not made by hylo report"):
         write_model_card(checkpoint, sources)
     assert path.read_text() == "# Mine\n"
+
+
+def test_a_card_has_the_scores_of_all_files(checkpoint: Path, sources: Sources) -> None:
+    """RULER at one length in one file, at another in the other."""
+    first, second = (json.loads(json.dumps(sources.evaluations[0])) for _ in range(2))
+    for part, length in ((first, "3072"), (second, "4096")):
+        for result in part["results"]:
+            suite = result["suites"]["ruler"]
+            suite["lengths"] = {length: suite["lengths"][length]}
+            result["suites"] = {"ruler": suite}
+    sources.evaluations = [first, second]
+    text = write_model_card(checkpoint, sources).read_text()
+    assert "at 3,072 | score | 6 |" in text
+    assert "at 4,096 | score | 6 |" in text
+    assert "qa_hotpotqa is in no package" in text.lower()
 
 
 def test_scores_and_training_of_another_model_are_left_out(checkpoint: Path, sources: Sources) -> None:

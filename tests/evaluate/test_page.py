@@ -14,9 +14,9 @@ from PIL import Image
 
 from hylo.distill.recipe import parse_recipe
 from hylo.errors import HyLoError
-from hylo.evaluate.page import read_sources, report_page
+from hylo.evaluate.page import Sources, read_sources, report_page
 from hylo.evaluate.page.charts import Line, line_plot, shade, tokens_label
-from hylo.evaluate.show import score_rows
+from hylo.evaluate.show import notes, score_rows, table_rows
 from hylo.pipeline import UpcycleRun
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -186,6 +186,88 @@ def test_results_of_one_model_are_put_together(results: Path, tiny_report: dict[
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     sources = read_sources([tmp_path / "ruler.json", tmp_path / "commonsense.json"])
     assert [list(result["suites"]) for result in sources.results] == [["ruler", "commonsense"]] * 2
+
+
+def changed(report: dict[str, Any], lengths: dict[str, int], **settings: Any) -> dict[str, Any]:
+    """A report of RULER alone, at these lengths with these samples a task."""
+    part = json.loads(json.dumps(report))
+    part["settings"] |= settings
+    for result in part["results"]:
+        suite = result["suites"]["ruler"]
+        scores = next(iter(suite["lengths"].values()))
+        needles = next(iter(suite["needles"].values()))
+        suite["lengths"] = {length: json.loads(json.dumps(scores)) for length in lengths}
+        suite["needles"] = dict.fromkeys(lengths, needles)
+        for length, samples in lengths.items():
+            suite["lengths"][length]["mean"]["value"] = samples / 100
+            for task in suite["lengths"][length]["tasks"].values():
+                task["samples"] = samples
+        result["suites"] = {"ruler": suite}
+    return part
+
+
+def test_ruler_of_two_files_is_put_together_by_length(tiny_report: dict[str, Any]) -> None:
+    """Neither file replaces the other; a length in both is that of more samples, in whatever order they are given."""
+    one, two = changed(tiny_report, {"1024": 50, "2048": 50}), changed(tiny_report, {"2048": 2, "4096": 50})
+    for order in ((one, two), (two, one)):
+        model, base = Sources(evaluations=list(order)).results
+        for result in (model, base):
+            suite = result["suites"]["ruler"]
+            assert list(suite["lengths"]) == ["1024", "2048", "4096"]
+            assert set(suite["needles"]) == {"1024", "2048", "4096"}
+            assert [scores["mean"]["value"] for scores in suite["lengths"].values()] == [0.5, 0.5, 0.5]
+            assert result["repeated"] == ["RULER at 2,048"]
+            assert result["measured"] == ""
+        assert notes([model, base]) == [
+            "samples of RULER for each task and length: 50",
+            "measured more than once, the largest shown: RULER at 2,048",
+        ]
+
+
+def test_what_was_measured_in_another_way_is_a_column_of_its_own(tiny_report: dict[str, Any]) -> None:
+    plain, chat = changed(tiny_report, {"1024": 50}), changed(tiny_report, {"1024": 2}, chat=True)
+    other = changed(tiny_report, {"1024": 50}, seed=1)
+    results = Sources(evaluations=[plain, chat]).results
+    assert [result["measured"] for result in results] == ["no chat template"] * 2 + ["chat template"] * 2
+    assert [result["suites"]["ruler"]["lengths"]["1024"]["mean"]["value"] for result in results] == [
+        0.5,
+        0.5,
+        0.02,
+        0.02,
+    ]
+    # Counts that differ stand in every cell.
+    ((_, number, cells),) = table_rows(results)
+    assert number == ""
+    assert [cell.split("(n ")[1] for cell in cells] == ["150)", "150)", "6)", "6)"]
+    assert any(
+        line.endswith("no chat template: samples of RULER for each task and length: 50") for line in notes(results)
+    )
+    assert [one["measured"] for one in Sources(evaluations=[plain, other]).results] == ["seed 0"] * 2 + ["seed 1"] * 2
+
+
+def test_common_sense_is_put_together_by_task(tiny_report: dict[str, Any]) -> None:
+    """The task with more documents is kept, and the mean is over all."""
+    parts = []
+    for names, documents in ((("piqa", "arc_easy"), 40), (("piqa", "winogrande"), 7)):
+        part = json.loads(json.dumps(tiny_report))
+        for result in part["results"]:
+            suite = result["suites"]["commonsense"]
+            suite["tasks"] = {
+                name: suite["tasks"][name] | {"documents": documents, "value": documents / 100} for name in names
+            }
+            suite["missing"] = {} if documents == 40 else {"race": "none", "arc_easy": "none"}
+            result["suites"] = {"commonsense": suite}
+        parts.append(part)
+    for order in (parts, parts[::-1]):
+        suite = Sources(evaluations=order).results[0]["suites"]["commonsense"]
+        assert {name: task["documents"] for name, task in suite["tasks"].items()} == {
+            "arc_easy": 40,
+            "piqa": 40,
+            "winogrande": 7,
+        }
+        assert suite["mean"]["value"] == pytest.approx((0.4 + 0.4 + 0.07) / 3)
+        assert suite["mean"]["label"] == "mean of 3 of the 7 tasks"
+        assert suite["missing"] == {"race": "none"}
 
 
 def test_what_is_no_run_and_no_result_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hylo.evaluate.page.sources import Run, Sources, read_sources
 from hylo.evaluate.published import PUBLISHED, SOURCE
 from hylo.evaluate.report import row_labels
 from hylo.evaluate.ruler.tasks import TASKS
-from hylo.evaluate.show import caption, missing_lines, model_name, score_rows
+from hylo.evaluate.show import missing_lines, model_name, notes, score_rows, table_rows
 from hylo.version import __version__
 
 MIXER_COLORS = {
@@ -133,7 +133,7 @@ def _title(sources: Sources) -> str:
         base = hybrid.get("base") or hybrid.get("base_model") or hybrid["reference"]
         return f"{str(base).removeprefix('package:')} as {hybrid['layout']}"
     if sources.results:
-        return " and ".join(Path(result["reference"]).name for result in sources.results)
+        return " and ".join(dict.fromkeys(Path(result["reference"]).name for result in sources.results))
     return " and ".join(run.name for run in sources.runs)
 
 
@@ -316,18 +316,12 @@ def _scores(sources: Sources) -> str:
     results = sources.results
     if not results:
         return ""
-    columns = [dict(score_rows(result)) for result in results]
     rows = []
-    for suite, label, metric in dict.fromkeys(key for column in columns for key in column):
-        cells = [column.get((suite, label, metric)) for column in columns]
-        number = next((cell[2] for cell in cells if cell is not None and cell[2]), None)
-        shown = [_score(cell, metric) for cell in cells]
-        how = ", ".join(filter(None, (metric, f"n {number:,}" if number else "")))
-        rows.append([f"{_escape(label)}<small>{_escape(how)}</small>", *shown])
+    for (_, label, metric), number, cells in table_rows(results):
+        how = ", ".join(filter(None, (metric, f"n {number}" if number else "")))
+        rows.append([f"{_escape(label)}<small>{_escape(how)}</small>", *map(_escape, cells)])
     table = _table(["", *(_escape(model_name(result)) for result in results)], rows, kind="scores")
-    notes = dict.fromkeys(filter(None, (caption(evaluation) for evaluation in sources.evaluations)))
-    missing = dict.fromkeys(line for evaluation in sources.evaluations for line in missing_lines(evaluation))
-    warning = "".join(f"<p class=missing>{_escape(line)}</p>" for line in missing)
+    warning = "".join(f"<p class=missing>{_escape(line)}</p>" for line in missing_lines({"results": results}))
     header = ["published", "cache", "common sense", "GSM8K", *(f"RULER {tokens_label(n)}" for n in PUBLISHED[0].ruler)]
     published = [
         [
@@ -343,18 +337,10 @@ def _scores(sources: Sources) -> str:
     return _section(
         "Scores",
         table,
-        "".join(f"<p class=note>{_escape(line)}</p>" for line in notes),
+        "".join(f"<p class=note>{_escape(line)}</p>" for line in notes(results)),
         warning,
         _table(header, published, note),
     )
-
-
-def _score(cell: tuple[float, float | None, int | None] | None, metric: str) -> str:
-    if cell is None:
-        return ""
-    value, stderr, _ = cell
-    digits = {"perplexity": 2, "bits per byte": 3}.get(metric, 1)
-    return f"{value:,.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr is not None else "")
 
 
 def _with(sources: Sources, suite: str) -> list[dict[str, Any]]:
@@ -383,7 +369,7 @@ def _ruler(sources: Sources) -> str:
         rows: list[tuple[str, Sequence[float | None]]] = [
             (task, [_value(by_length[str(length)]["tasks"].get(task)) for length in lengths]) for task in tasks
         ]
-        rows.append((means[0]["label"], [mean["value"] for mean in means]))
+        rows.append((_mean_label(means), [mean["value"] for mean in means]))
         heat = _heat("", [tokens_label(n) for n in lengths], rows)
         heats.append(f"<div><h3>{_escape(model_name(result))}</h3>{heat}</div>")
     if all(len(line.x) == 1 for line in lines):
@@ -395,13 +381,18 @@ def _ruler(sources: Sources) -> str:
         if reached:
             values = [model.ruler[length] for length in reached]
             lines.append(Line(model.name, reached, values, None, COLORS[2 + i], True))
-    label = results[0]["suites"]["ruler"]["lengths"]
-    name = next(iter(label.values()))["mean"]["label"]
+    name = _mean_label([one["mean"] for result in results for one in result["suites"]["ruler"]["lengths"].values()])
     plot = line_plot(
         "ruler", lines, x_label="tokens, prompt and answer", y_label=f"{name}, %", lengths=True, percent=True
     )
     words = "Mean over the tasks by length, in percent, with one standard error. Dashed: published, of RULER-13."
     return _section("RULER", "<div class=charts>", _figure(plot, words), "</div>", "<div class=side>", *heats, "</div>")
+
+
+def _mean_label(means: Sequence[dict[str, Any]]) -> str:
+    """What they are means over, where that is the same for all."""
+    labels = {mean["label"] for mean in means}
+    return labels.pop() if len(labels) == 1 else "RULER, mean"
 
 
 def _value(score: dict[str, Any] | None) -> float | None:

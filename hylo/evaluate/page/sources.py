@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hylo.errors import HyLoError
+from hylo.evaluate.page.columns import columns
 from hylo.evaluate.suites import FORMAT
 from hylo.files import read_json
 
@@ -44,14 +45,8 @@ class Sources:
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """Every model that was scored, each once: of one reference, the suites of all results together."""
-        models: dict[str, dict[str, Any]] = {}
-        for evaluation in self.evaluations:
-            for result in evaluation["results"]:
-                key = result.get("weights_sha256", result["reference"])
-                known = models.get(key, {"suites": {}})
-                models[key] = known | result | {"suites": known["suites"] | result["suites"]}
-        return list(models.values())
+        """A column for every model that was scored and every way of scoring it; see `columns`."""
+        return columns(self.evaluations)
 
 
 def read_sources(places: Sequence[Path]) -> Sources:
