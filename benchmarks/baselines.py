@@ -65,8 +65,12 @@ def main() -> None:
         precision=arguments.precision,
         batch_tokens=arguments.batch_tokens,
     )
-    report = evaluate_models([arguments.model, *([arguments.vs] if arguments.vs else [])], settings)
-    write_result(arguments.output / f"{arguments.name}.json", circumstances() | report)
+
+    def save(report: dict[str, Any]) -> None:
+        write_result(arguments.output / f"{arguments.name}.json", circumstances() | report)
+
+    report = evaluate_models([arguments.model, *([arguments.vs] if arguments.vs else [])], settings, save)
+    save(report)
     check(report, arguments.samples)
 
 

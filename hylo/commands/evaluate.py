@@ -160,7 +160,10 @@ def _names(text: str) -> list[str]:
 
 
 def _evaluate(models: list[str], settings: Any, output: Path | None) -> dict[str, Any]:
-    """Measures, and writes both files where an output is given; whether it can be written is known first."""
+    """Measures, and writes both files where an output is given; whether it can be written is known first.
+
+    What is measured is saved as soon as it is, so that nothing that ends a run takes it away.
+    """
     from hylo.evaluate.page import report_page
     from hylo.evaluate.page.charts import check_plots
     from hylo.evaluate.suites import evaluate_models
@@ -171,10 +174,15 @@ def _evaluate(models: list[str], settings: Any, output: Path | None) -> dict[str
         parent = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise HyLoError(f"cannot write to {output}: {parent} is no folder that can be written to")
-    report = evaluate_models(models, settings)
+
+    def save(report: dict[str, Any]) -> None:
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "results.json", report)
+
+    report = evaluate_models(models, settings, save)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "results.json", report)
+        save(report)
         (output / "report.html").write_text(report_page([output]), encoding="utf-8")
     return report
 

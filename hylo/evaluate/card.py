@@ -87,7 +87,9 @@ def _of(weights: str, sources: Sources) -> list[dict[str, Any]]:
 def _is_whole(evaluation: dict[str, Any]) -> bool:
     """Whether it is fit for the hub's tables, which show no counts: every document, and RULER as it is reported."""
     settings = evaluation["settings"]
-    return settings["limit"] is None and ("ruler" not in settings["suites"] or settings["samples"] >= _RULER_SAMPLES)
+    finished = all(result.get("finished", True) for result in evaluation["results"])
+    enough = "ruler" not in settings["suites"] or settings["samples"] >= _RULER_SAMPLES
+    return finished and settings["limit"] is None and enough
 
 
 def base_license(base: str) -> str | None:

@@ -29,6 +29,14 @@ Row = tuple[list[int], list[int]]
 Scored = tuple[float, bool]
 
 
+class NoMemoryError(HyLoError):
+    """One sequence alone is more than memory holds."""
+
+
+# What running out of memory looks like to those who ask an engine.
+OUT_OF_MEMORY = (NoMemoryError, torch.OutOfMemoryError)
+
+
 def context_limit(model: PreTrainedModel) -> int:
     """Tokens that the model was made for."""
     return int(model.config.max_position_embeddings)
@@ -221,7 +229,7 @@ class Engine:
             work(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
-                raise HyLoError(
+                raise NoMemoryError(
                     "one sequence does not fit into memory; choose shorter lengths or a larger GPU"
                 ) from None
         else:

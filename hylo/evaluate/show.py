@@ -98,14 +98,22 @@ def _percent(score: Mapping[str, Any], count: int | None) -> Cell:
 
 
 def missing_lines(report: Mapping[str, Any]) -> list[str]:
-    """What was asked for and could not be had, one line each."""
-    names: dict[str, dict[str, None]] = {}
-    for result in report["results"]:
+    """What was asked for and could not be had, one line for each reason; with the model's name where others have it."""
+    results = report["results"]
+    of: dict[tuple[str, str], list[str]] = {}
+    for result in results:
         for part in (result, *result["suites"].values()):
             for name, reason in part.get("missing", {}).items():
-                names.setdefault(reason, {})[name] = None
+                # Of RULER a whole length may be missing, and is named by its tokens.
+                what = f"RULER at {int(name):,}" if name.isdigit() else name
+                of.setdefault((what, reason), []).append(model_name(result))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for (what, reason), models in of.items():
+        reasons.setdefault(("" if len(models) == len(results) else ", ".join(models), reason), []).append(what)
     return [
-        reason if all(name in reason for name in of) else f"{', '.join(of)}: {reason}" for reason, of in names.items()
+        (f"{models}: " if models else "")
+        + (reason if all(what in reason for what in names) else f"{', '.join(names)}: {reason}")
+        for (models, reason), names in reasons.items()
     ]
 
 
@@ -124,6 +132,8 @@ def notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _notes(result: Mapping[str, Any]) -> Iterator[str]:
+    if not result.get("finished", True):
+        yield "not finished"
     suites = result["suites"]
     tasks = list(suites.get("commonsense", {}).get("tasks", {}).values())
     tasks += [suites["gsm8k"]["exact_match"]] if "gsm8k" in suites else []

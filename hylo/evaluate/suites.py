@@ -22,7 +22,7 @@ from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
 from hylo.evaluate.backends import Backend, HfBackend, check_vllm, vllm_backend
 from hylo.evaluate.data import LocalData, MissingDataError
-from hylo.evaluate.engine import Engine
+from hylo.evaluate.engine import OUT_OF_MEMORY, Engine
 from hylo.evaluate.perplexity import cut_windows, mean_nats, perplexity_by_position
 from hylo.evaluate.report import environment, installed_version
 from hylo.evaluate.ruler import TASKS, Sample, available_tasks, make_samples, samples_digest, score
@@ -33,6 +33,7 @@ from hylo.upcycle.layout import format_layout
 SUITES = ("commonsense", "gsm8k", "ruler", "perplexity")
 # Marks a file as a result of this module, and says how to read it.
 FORMAT = "hylo-eval-1"
+_NO_MEMORY = "not measured: one sequence does not fit into memory"
 
 Place = Literal["auto", "hub", "local"]
 
@@ -137,11 +138,16 @@ def _check_lengths(config: PreTrainedConfig, reference: str, settings: Settings)
         )
 
 
-def evaluate_models(references: Sequence[str], settings: Settings) -> dict[str, Any]:
+def evaluate_models(
+    references: Sequence[str], settings: Settings, save: Callable[[dict[str, Any]], None] = lambda report: None
+) -> dict[str, Any]:
     """Measures models one after the other, on the same prompts where they share a vocabulary.
+
+    What does not fit into memory, a length of RULER or a suite, is named as missing, and the others go on.
 
     Args:
         references: folders, hub ids, GGUF files; the first is the model, the others are what it is compared with.
+        save: is given all that is measured so far, after every suite and every length of RULER.
 
     Returns:
         What results.json holds; docs/evaluation.md explains every key.
@@ -166,21 +172,34 @@ def evaluate_models(references: Sequence[str], settings: Settings) -> dict[str, 
         start = time.monotonic()
         prompts = _make_prompts(tokenizers, settings, data)
         prompts_seconds = time.monotonic() - start
-        results = []
+        results: list[dict[str, Any]] = []
+        report: dict[str, Any] = {
+            "format": FORMAT,
+            "settings": asdict(settings) | {"place": "hub" if hub else "local"},
+            "prompts_seconds": round(prompts_seconds, 1),
+            "results": results,
+        }
+
+        def keep() -> None:
+            save(report | {"environment": _environment()})
+
         for reference, folder, tokenizer, asked in zip(references, folders, tokenizers, prompts, strict=True):
-            results.append(_evaluate_one(reference, folder, tokenizer, asked, settings, data, hub, text))
-            if torch.cuda.is_available():
-                # What the model before held.
-                torch.cuda.empty_cache()
+            results.append({})
+            _evaluate_one(results[-1], reference, folder, tokenizer, asked, settings, data, hub, text, keep)
+            # What the model before held.
+            _free_memory()
+    return report | {"environment": _environment()}
+
+
+def _environment() -> dict[str, Any]:
     where = environment()
     where["versions"] |= {name: installed_version(name) for name in ("lm_eval", "datasets", "vllm")}
-    return {
-        "format": FORMAT,
-        "settings": asdict(settings) | {"place": "hub" if hub else "local"},
-        "environment": where,
-        "prompts_seconds": round(prompts_seconds, 1),
-        "results": results,
-    }
+    return where
+
+
+def _free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _needs_hub(settings: Settings) -> bool:
@@ -289,6 +308,7 @@ def describe_model(folder: Path, reference: str) -> dict[str, Any]:
 
 
 def _evaluate_one(
+    result: dict[str, Any],
     reference: str,
     folder: Path,
     tokenizer: Any,
@@ -297,7 +317,9 @@ def _evaluate_one(
     data: LocalData,
     hub: bool,
     text: tuple[list[str], str] | None,
-) -> dict[str, Any]:
+    keep: Callable[[], None],
+) -> None:
+    """Fills `result` suite by suite; `keep` saves it."""
     facts = describe_model(folder, reference)
     dtype = resolve_precision(settings.precision)
     engine: Engine | None = None
@@ -310,19 +332,29 @@ def _evaluate_one(
         facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         engine = Engine(model, tokenizer, settings.batch_tokens)
         backend = HfBackend(engine)
-    suites: dict[str, dict[str, Any]] = {}
+    result |= facts | {"dtype": str(dtype), "finished": False, "suites": {}, "missing": {}}
     for name in settings.suites:
         start = time.monotonic()
-        if name == "ruler":
-            suites[name] = run_ruler(backend, prompts.samples, prompts.missing)
-        elif name == "perplexity":
-            assert engine is not None and text is not None
-            suites[name] = _run_perplexity(engine, text, settings, facts["context"])
-        else:
-            run: Callable[..., dict[str, Any]] = {"commonsense": _run_commonsense, "gsm8k": _run_gsm8k}[name]
-            suites[name] = run(backend, settings, data, hub)
-        suites[name]["seconds"] = round(time.monotonic() - start, 1)
-    return facts | {"dtype": str(dtype), "suites": suites}
+
+        def measured(suite: dict[str, Any], name: str = name, start: float = start) -> None:
+            result["suites"][name] = suite | {"seconds": round(time.monotonic() - start, 1)}
+            keep()
+
+        try:
+            if name == "ruler":
+                run_ruler(backend, prompts.samples, prompts.missing, measured)
+            elif name == "perplexity":
+                assert engine is not None and text is not None
+                measured(_run_perplexity(engine, text, settings, facts["context"]))
+            else:
+                run: Callable[..., dict[str, Any]] = {"commonsense": _run_commonsense, "gsm8k": _run_gsm8k}[name]
+                measured(run(backend, settings, data, hub))
+        except OUT_OF_MEMORY:
+            result["missing"][name] = _NO_MEMORY
+            keep()
+        _free_memory()
+    result["finished"] = True
+    keep()
 
 
 # The suites.
@@ -383,46 +415,81 @@ def _stderr(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def run_ruler(backend: Backend, samples: Sequence[Sample], missing: dict[str, str]) -> dict[str, Any]:
+def run_ruler(
+    backend: Backend,
+    samples: Sequence[Sample],
+    missing: dict[str, str],
+    measured: Callable[[dict[str, Any]], None] = lambda suite: None,
+) -> dict[str, Any]:
     """Scores by length and task, from 0 to 1; and by length and depth in percent how many single needles were found, of
-    how many."""
-    scores: dict[tuple[int, str], list[float]] = {}
-    needles: dict[str, dict[str, list[float]]] = {}
-    # Together where they are alike: the same length, and as many tokens to answer with.
-    groups: dict[tuple[int, int], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.length, sample.new_tokens), []).append(sample)
-    seconds: dict[int, float] = {}
-    for (length, new_tokens), group in groups.items():
-        start = time.monotonic()
-        answers = backend.answers(
-            [sample.prompt for sample in group],
-            new_tokens,
-            special=group[0].special,
-            description=f"RULER {length:,}, answers of {new_tokens}",
-        )
-        seconds[length] = seconds.get(length, 0.0) + time.monotonic() - start
-        for sample, answer in zip(group, answers, strict=True):
-            value = score(sample.task, answer, sample.wanted)
-            scores.setdefault((length, sample.task), []).append(value)
-            if sample.depth is not None:
-                found = needles.setdefault(str(length), {}).setdefault(f"{sample.depth:g}", [0.0, 0])
-                found[0] += value
-                found[1] += 1
-    lengths = {}
+    how many. A length that does not fit into memory is missing.
+
+    Args:
+        measured: is given the suite as it is after each length.
+    """
+    suite: dict[str, Any] = {
+        "lengths": {},
+        "missing": dict(missing),
+        "needles": {},
+        "prompts_sha256": samples_digest(samples),
+    }
     for length in dict.fromkeys(sample.length for sample in samples):
-        tasks = {
-            task: {
-                "value": statistics.fmean(scores[length, task]),
-                "stderr": _stderr(scores[length, task]),
-                "samples": len(scores[length, task]),
-            }
-            for task in TASKS
-            if (length, task) in scores
-        }
-        mean = task_mean(tasks.values(), len(TASKS)) | {"label": f"RULER-{len(tasks)}"}
-        lengths[str(length)] = {"tasks": tasks, "mean": mean, "seconds": round(seconds[length], 1)}
-    return {"lengths": lengths, "missing": missing, "needles": needles, "prompts_sha256": samples_digest(samples)}
+        asked = [sample for sample in samples if sample.length == length]
+        start = time.monotonic()
+        try:
+            answers = _ruler_answers(backend, asked)
+        except OUT_OF_MEMORY:
+            suite["missing"][str(length)] = _NO_MEMORY
+        else:
+            values = [score(sample.task, answer, sample.wanted) for sample, answer in zip(asked, answers, strict=True)]
+            scores = _ruler_scores(asked, values)
+            suite["lengths"][str(length)] = scores | {"seconds": round(time.monotonic() - start, 1)}
+            if needles := _found_needles(asked, values):
+                suite["needles"][str(length)] = needles
+        _free_memory()
+        measured(suite)
+    return suite
+
+
+def _ruler_answers(backend: Backend, samples: Sequence[Sample]) -> list[str]:
+    """To samples of one length, in their order; asked together where they take as many tokens to answer."""
+    groups: dict[int, list[int]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(sample.new_tokens, []).append(i)
+    answers: dict[int, str] = {}
+    for new_tokens, indices in groups.items():
+        first = samples[indices[0]]
+        given = backend.answers(
+            [samples[i].prompt for i in indices],
+            new_tokens,
+            special=first.special,
+            description=f"RULER {first.length:,}, answers of {new_tokens}",
+        )
+        answers.update(zip(indices, given, strict=True))
+    return [answers[i] for i in range(len(samples))]
+
+
+def _ruler_scores(samples: Sequence[Sample], values: Sequence[float]) -> dict[str, Any]:
+    """Of one length: each task, and the mean over them."""
+    tasks = {}
+    for name in TASKS:
+        of_task = [value for sample, value in zip(samples, values, strict=True) if sample.task == name]
+        if of_task:
+            value = statistics.fmean(of_task)
+            tasks[name] = {"value": value, "stderr": _stderr(of_task), "samples": len(of_task)}
+    mean = task_mean(tasks.values(), len(TASKS)) | {"label": f"RULER-{len(tasks)}"}
+    return {"tasks": tasks, "mean": mean}
+
+
+def _found_needles(samples: Sequence[Sample], values: Sequence[float]) -> dict[str, list[float]]:
+    """By depth in percent: found, hidden."""
+    needles: dict[str, list[float]] = {}
+    for sample, value in zip(samples, values, strict=True):
+        if sample.depth is not None:
+            found = needles.setdefault(f"{sample.depth:g}", [0.0, 0])
+            found[0] += value
+            found[1] += 1
+    return needles
 
 
 def _run_perplexity(engine: Engine, text: tuple[list[str], str], settings: Settings, context: int) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_a_first_look_takes_little_of_each_suite_and_gives_way_to_options(
 
     asked: list[suites.Settings] = []
 
-    def note(models: list[str], settings: suites.Settings) -> None:
+    def note(models: list[str], settings: suites.Settings, *rest: object) -> None:
         asked.append(settings)
         raise HyLoError("noted")
 

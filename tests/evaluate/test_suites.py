@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 
 from hylo.errors import HyLoError
 from hylo.evaluate import suites
-from hylo.evaluate.engine import Engine
+from hylo.evaluate.engine import Engine, NoMemoryError
+from hylo.evaluate.page import report_page
 from hylo.evaluate.ruler import TASKS, Sample, make_samples
 from hylo.evaluate.show import missing_lines, results_table, score_rows
 from hylo.evaluate.suites import FORMAT, Settings, check_settings, evaluate_models, parse_lengths, run_ruler
@@ -130,6 +132,61 @@ def test_a_model_that_copies_scores_100_and_an_empty_one_0(smollm2_tokenizer: An
             needles = suite["needles"][length].values()
             assert sum(hidden for _, hidden in needles) == 6 * 4
             assert sum(found for found, _ in needles) == 6 * 4 * right
+
+
+def test_a_length_that_does_not_fit_into_memory_is_missing_and_the_others_are_kept(
+    mixed_folder: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base runs out of memory at its longest length, and reading a long text; all else is measured and saved."""
+    generate = Engine.generate
+
+    def short_of_memory(self: Engine, prompts: Sequence[list[int]], *rest: Any, **more: Any) -> list[str]:
+        if max(map(len, prompts)) > 1100 and self.model.config.model_type == "llama":
+            raise NoMemoryError("one sequence does not fit into memory")
+        return generate(self, prompts, *rest, **more)
+
+    def none_at_all(engine: Engine, windows: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Engine, "generate", short_of_memory)
+    monkeypatch.setattr(suites, "perplexity_by_position", none_at_all)
+    saved: list[dict[str, Any]] = []
+    report = evaluate_models(
+        [str(mixed_folder), str(base_folder)],
+        settings(
+            suites=("ruler", "perplexity"),
+            lengths=(1024, 1280),
+            samples=1,
+            tasks=("niah_single_1", "fwe"),
+            beyond=True,
+            perplexity_length=256,
+        ),
+        lambda report: saved.append(json.loads(json.dumps(report))),
+    )
+    model, base = report["results"]
+    assert list(model["suites"]["ruler"]["lengths"]) == ["1024", "1280"]
+    assert list(base["suites"]["ruler"]["lengths"]) == ["1024"]
+    assert list(base["suites"]["ruler"]["missing"]) == ["1280"]
+    assert list(model["missing"]) == ["perplexity"]
+    lines = missing_lines(report)
+    assert any(line.startswith("llama (llama): RULER at 1,280: not measured") for line in lines)
+    assert any(line.startswith("perplexity: not measured") for line in lines)
+    assert all(result["finished"] for result in report["results"])
+    # After each length, each suite and each model.
+    counts = [[len(result["suites"].get("ruler", {}).get("lengths", {})) for result in one["results"]] for one in saved]
+    assert counts == [[1], [2], [2], [2], [2, 1], [2, 1], [2, 1], [2, 1]]
+    assert [one["results"][0]["finished"] for one in saved] == [False] * 3 + [True] * 5
+    assert saved[-1]["results"] == report["results"]
+    assert {"format", "settings", "environment", "prompts_seconds"} <= saved[0].keys()
+    for one in (saved[0], report):
+        page = report_page_of(one)
+        assert ("not finished" in page) == (one is saved[0])
+
+
+def report_page_of(report: dict[str, Any]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "results.json").write_text(json.dumps(report))
+        return report_page([Path(folder)])
 
 
 def settings(**changes: Any) -> Settings:

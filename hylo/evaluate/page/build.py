@@ -348,7 +348,7 @@ def _with(sources: Sources, suite: str) -> list[dict[str, Any]]:
 
 
 def _ruler(sources: Sources) -> str:
-    results = _with(sources, "ruler")
+    results = [result for result in _with(sources, "ruler") if result["suites"]["ruler"]["lengths"]]
     if not results:
         return ""
     lines, heats = [], []
