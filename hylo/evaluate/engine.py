@@ -6,12 +6,13 @@ these are read whole, since padding after a shared beginning would stand in the 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
@@ -208,20 +209,30 @@ class Engine:
         for i, row in enumerate(rows):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
-        output = self.model.generate(
-            ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            # A model's own settings for sampling have no place in a greedy answer.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=self.pad_id,
-            stopping_criteria=[_Until(self.tokenizer, until, width)] if until else None,
-        )
+        with self._greedy(new_tokens):
+            output = self.model.generate(
+                ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                stopping_criteria=[_Until(self.tokenizer, until, width)] if until else None,
+            )
         texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [cut(text, until) for text in texts]
+
+    @contextmanager
+    def _greedy(self, new_tokens: int) -> Iterator[None]:
+        """Of a model's own settings for generation only where it ends: a penalty, beams or words that it forbids make
+        answers that are not the likeliest.
+
+        They stand on the model: `generate` fills in from there whatever a configuration leaves open.
+        """
+        own = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=own.eos_token_id, pad_token_id=self.pad_id, max_new_tokens=new_tokens, do_sample=False
+        )
+        try:
+            yield
+        finally:
+            self.model.generation_config = own
 
     def _halving(self, batch: list[int], work: Callable[[list[int]], None]) -> None:
         """Does the work, in two halves where it does not fit into memory."""

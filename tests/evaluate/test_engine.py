@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import random_hybrid, random_ids
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hylo.errors import HyLoError
 from hylo.evaluate import engine as engine_module
@@ -79,6 +80,35 @@ def test_answers_in_batches_are_those_alone(engines: dict[str, Engine], name: st
     alone = [Engine(model, tokenizer).generate([prompt], 8)[0] for prompt in prompts]
     assert batched == alone
     assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_s_own_settings_do_not_change_greedy_answers(engines: dict[str, Engine], name: str) -> None:
+    """A chat model may come with a penalty, beams or sampling; only where it ends is its own."""
+    prompts = ids(30, 9)
+    engine = engines[name]
+    expected = engine.generate(prompts, 12)
+    first = engine.encode(expected[0], special=False)[0]
+    own = engine.model.generation_config
+    changed: dict[str, Any] = {
+        "repetition_penalty": 5.0,
+        "num_beams": 3,
+        "no_repeat_ngram_size": 1,
+        "do_sample": True,
+        "temperature": 9.0,
+        "suppress_tokens": [first],
+        "min_new_tokens": 12,
+        "max_length": 3,
+    }
+    try:
+        engine.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, **changed)
+        given = engine.model.generation_config
+        assert engine.generate(prompts, 12) == expected
+        assert engine.model.generation_config is given
+        engine.model.generation_config = GenerationConfig(eos_token_id=[first], **changed)
+        assert engine.generate(prompts[:1], 12) == [engine.tokenizer.decode([first])]
+    finally:
+        engine.model.generation_config = own
 
 
 def test_answers_end_before_the_first_stop(engines: dict[str, Engine]) -> None:
