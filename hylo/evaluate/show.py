@@ -102,11 +102,8 @@ def missing_lines(report: Mapping[str, Any]) -> list[str]:
     results = report["results"]
     of: dict[tuple[str, str], list[str]] = {}
     for result in results:
-        for part in (result, *result["suites"].values()):
-            for name, reason in part.get("missing", {}).items():
-                # Of RULER a whole length may be missing, and is named by its tokens.
-                what = f"RULER at {int(name):,}" if name.isdigit() else name
-                of.setdefault((what, reason), []).append(model_name(result))
+        for what, reason in _missing(result):
+            of.setdefault((what, reason), []).append(model_name(result))
     reasons: dict[tuple[str, str], list[str]] = {}
     for (what, reason), models in of.items():
         reasons.setdefault(("" if len(models) == len(results) else ", ".join(models), reason), []).append(what)
@@ -115,6 +112,15 @@ def missing_lines(report: Mapping[str, Any]) -> list[str]:
         + (reason if all(what in reason for what in names) else f"{', '.join(names)}: {reason}")
         for (models, reason), names in reasons.items()
     ]
+
+
+def _missing(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for part in (result, *result["suites"].values()):
+        for name, reason in part.get("missing", {}).items():
+            # Of RULER a whole length may be missing, and is named by its tokens.
+            yield f"RULER at {int(name):,}" if name.isdigit() else name, reason
+    for scores in result["suites"].get("ruler", {}).get("lengths", {}).values():
+        yield from scores.get("missing", {}).items()
 
 
 def caption(report: Mapping[str, Any]) -> str:

@@ -6,9 +6,10 @@ All that can be wrong with the input is found, and all prompts are made, before 
 import math
 import os
 import statistics
+import struct
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,16 @@ from hylo.evaluate.data import LocalData, MissingDataError
 from hylo.evaluate.engine import OUT_OF_MEMORY, Engine
 from hylo.evaluate.perplexity import cut_windows, mean_nats, perplexity_by_position
 from hylo.evaluate.report import environment, installed_version
-from hylo.evaluate.ruler import TASKS, Sample, available_tasks, make_samples, samples_digest, score
+from hylo.evaluate.ruler import (
+    TASKS,
+    Sample,
+    available_tasks,
+    check_tasks,
+    left_out,
+    make_samples,
+    samples_digest,
+    score,
+)
 from hylo.precision import Precision, default_device, resolve_precision
 from hylo.upcycle.bases import load_model, load_tokenizer, opened_folder, resolve_base, weights_digest
 from hylo.upcycle.layout import format_layout
@@ -85,6 +95,7 @@ class _Prompts:
 
     samples: list[Sample] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    left_out: dict[int, dict[str, str]] = field(default_factory=dict)
 
 
 def hub_answers(timeout_s: float = 3.0) -> bool:
@@ -115,6 +126,9 @@ def check_settings(settings: Settings) -> None:
             raise HyLoError(f"no suite {name!r}; expected one or more of {', '.join(SUITES)}")
     if not settings.suites:
         raise HyLoError(f"no suite is given; expected one or more of {', '.join(SUITES)}")
+    check_tasks(settings.tasks)
+    if settings.tasks and "ruler" not in settings.suites:
+        raise HyLoError("--tasks are RULER's; add ruler to --suite, or leave them out")
     if settings.backend == "vllm":
         check_vllm()
         if "perplexity" in settings.suites:
@@ -158,17 +172,15 @@ def evaluate_models(
     check_settings(settings)
     data = LocalData.at(settings.data)
     for reference in references:
-        resolve_base(reference)
+        _check_lengths(_config_of(resolve_base(reference)), reference, settings)
     hub = settings.place == "hub" or (
         settings.place == "auto" and settings.data is None and _needs_hub(settings) and hub_answers()
     )
+    _check_documents(settings, data, hub)
+    text = _text(settings, data) if "perplexity" in settings.suites else None
     with ExitStack() as stack:
         folders = [stack.enter_context(opened_folder(reference)) for reference in references]
         tokenizers = [load_tokenizer(folder) for folder in folders]
-        for folder, reference in zip(folders, references, strict=True):
-            _check_lengths(read_config(folder), reference, settings)
-        _check_documents(settings, data, hub)
-        text = _text(settings, data) if "perplexity" in settings.suites else None
         start = time.monotonic()
         prompts = _make_prompts(tokenizers, settings, data)
         prompts_seconds = time.monotonic() - start
@@ -208,11 +220,21 @@ def _needs_hub(settings: Settings) -> bool:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """Raises HyLoError where a folder's config.json is none of a causal language model."""
+    return _text_config(folder, f"{folder}/config.json")
+
+
+def _config_of(path: Path) -> PreTrainedConfig:
+    """Of a resolved base, before its weights are read: a GGUF file's are dequantised first."""
+    return read_config(path) if path.is_dir() else _text_config(path.parent, str(path), gguf_file=path.name)
+
+
+def _text_config(folder: Path, place: str, **settings: Any) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder)
-        return config.get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise HyLoError(f"{folder}/config.json: {' '.join(str(error).split())[:200]}") from None
+        return AutoConfig.from_pretrained(folder, **settings).get_text_config(decoder=True)
+    except ImportError:
+        raise HyLoError("reading GGUF needs the gguf package; install it with: pip install 'hylo[demo]'") from None
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+        raise HyLoError(f"{place}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_documents(settings: Settings, data: LocalData, hub: bool) -> None:
@@ -262,22 +284,19 @@ def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData
     made: list[_Prompts] = []
     for i, tokenizer in enumerate(tokenizers):
         same = next((made[j] for j in range(i) if tokenizers[j].get_vocab() == tokenizer.get_vocab()), None)
-        made.append(
-            same
-            or _Prompts(
-                make_samples(
-                    tokenizer,
-                    tasks,
-                    settings.lengths,
-                    settings.samples,
-                    seed=settings.seed,
-                    data=data,
-                    chat=settings.chat,
-                    workers=settings.workers,
-                ),
-                missing,
+        if same is None:
+            samples = make_samples(
+                tokenizer,
+                tasks,
+                settings.lengths,
+                settings.samples,
+                seed=settings.seed,
+                data=data,
+                chat=settings.chat,
+                workers=settings.workers,
             )
-        )
+            same = _Prompts(samples, missing, left_out(samples, tasks))
+        made.append(same)
     return made
 
 
@@ -342,7 +361,7 @@ def _evaluate_one(
 
         try:
             if name == "ruler":
-                run_ruler(backend, prompts.samples, prompts.missing, measured)
+                run_ruler(backend, prompts.samples, prompts.missing, prompts.left_out, measured)
             elif name == "perplexity":
                 assert engine is not None and text is not None
                 measured(_run_perplexity(engine, text, settings, facts["context"]))
@@ -418,13 +437,16 @@ def _stderr(values: Sequence[float]) -> float | None:
 def run_ruler(
     backend: Backend,
     samples: Sequence[Sample],
-    missing: dict[str, str],
+    missing: Mapping[str, str],
+    left_out: Mapping[int, Mapping[str, str]] | None = None,
     measured: Callable[[dict[str, Any]], None] = lambda suite: None,
 ) -> dict[str, Any]:
     """Scores by length and task, from 0 to 1; and by length and depth in percent how many single needles were found, of
     how many. A length that does not fit into memory is missing.
 
     Args:
+        missing: tasks without data, and why.
+        left_out: tasks without a sample at a length, and why.
         measured: is given the suite as it is after each length.
     """
     suite: dict[str, Any] = {
@@ -442,7 +464,7 @@ def run_ruler(
             suite["missing"][str(length)] = _NO_MEMORY
         else:
             values = [score(sample.task, answer, sample.wanted) for sample, answer in zip(asked, answers, strict=True)]
-            scores = _ruler_scores(asked, values)
+            scores = _ruler_scores(asked, values) | {"missing": dict((left_out or {}).get(length, {}))}
             suite["lengths"][str(length)] = scores | {"seconds": round(time.monotonic() - start, 1)}
             if needles := _found_needles(asked, values):
                 suite["needles"][str(length)] = needles

@@ -97,6 +97,7 @@ def test_a_first_look_takes_little_of_each_suite_and_gives_way_to_options(
         ("base --suite ruler --lengths 4Q", "'4Q'"),
         ("base --suite ruler --lengths 4K", "--beyond"),
         ("base --suite ruler --tasks niah --lengths 512", "'niah'"),
+        ("base --suite perplexity --tasks niah_single_1", "--tasks"),
         ("base --suite perplexity --vs nowhere", "nowhere"),
         ("base --suite perplexity --text nowhere.txt", "nowhere.txt"),
         ("base --suite perplexity --teacher base", "--vs"),

