@@ -9,7 +9,7 @@ import statistics
 import struct
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -464,7 +464,8 @@ def run_ruler(
             suite["missing"][str(length)] = _NO_MEMORY
         else:
             values = [score(sample.task, answer, sample.wanted) for sample, answer in zip(asked, answers, strict=True)]
-            scores = _ruler_scores(asked, values) | {"missing": dict((left_out or {}).get(length, {}))}
+            gone = dict((left_out or {}).get(length, {}))
+            scores = _ruler_scores(asked, values, {*missing, *gone}) | {"missing": gone}
             suite["lengths"][str(length)] = scores | {"seconds": round(time.monotonic() - start, 1)}
             if needles := _found_needles(asked, values):
                 suite["needles"][str(length)] = needles
@@ -491,16 +492,26 @@ def _ruler_answers(backend: Backend, samples: Sequence[Sample]) -> list[str]:
     return [answers[i] for i in range(len(samples))]
 
 
-def _ruler_scores(samples: Sequence[Sample], values: Sequence[float]) -> dict[str, Any]:
-    """Of one length: each task, and the mean over them."""
+def _ruler_scores(samples: Sequence[Sample], values: Sequence[float], missing: set[str]) -> dict[str, Any]:
+    """Of one length: each task, and the mean over them; `missing` are those that were wanted and could not be had."""
     tasks = {}
     for name in TASKS:
         of_task = [value for sample, value in zip(samples, values, strict=True) if sample.task == name]
         if of_task:
             value = statistics.fmean(of_task)
             tasks[name] = {"value": value, "stderr": _stderr(of_task), "samples": len(of_task)}
-    mean = task_mean(tasks.values(), len(TASKS)) | {"label": f"RULER-{len(tasks)}"}
+    mean = task_mean(tasks.values(), len(TASKS)) | {"label": ruler_label(tasks, missing)}
     return {"tasks": tasks, "mean": mean}
+
+
+def ruler_label(tasks: Iterable[str], missing: Iterable[str]) -> str:
+    """What a mean over these tasks is called: by their number where they are all thirteen, or all that could be had;
+    else by name, since any twelve of thirteen are no RULER-12."""
+    there = list(tasks)
+    others = [name for name in TASKS if name not in there]
+    if set(others) <= set(missing):
+        return f"RULER-{len(there)}"
+    return f"RULER without {', '.join(others)}" if len(others) < len(there) else f"RULER of {', '.join(there)}"
 
 
 def _found_needles(samples: Sequence[Sample], values: Sequence[float]) -> dict[str, list[float]]:

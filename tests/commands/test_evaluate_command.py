@@ -38,13 +38,13 @@ def test_a_model_beside_its_base(run: Run, tmp_path: Path) -> None:
     line = "hybrid --suite ruler,perplexity --vs base --tasks niah_single_1,fwe --lengths 2K --samples 2 --beyond "
     result = run(line + "--text texts --length 256 --windows 2 --precision float32 --output out/eval")
     assert result.exit_code == 0, result.output
-    for shown in ("hybrid against base", "RULER-2 at 2,048", "perplexity", "out/eval/results.json"):
+    for shown in ("hybrid against base", "RULER of niah_single_1, fwe", "perplexity", "out/eval/results.json"):
         assert shown in result.output
     report = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())
     assert [one["reference"] for one in report["results"]] == ["hybrid", "base"]
     assert report["results"][0]["suites"]["perplexity"]["text"] == "texts"
     assert report["results"][0]["suites"]["perplexity"]["windows"] == 2
-    assert "RULER-2" in (tmp_path / "out" / "eval" / "report.html").read_text()
+    assert "RULER of niah_single_1, fwe" in (tmp_path / "out" / "eval" / "report.html").read_text()
     # The same seed, the same scores.
     again = run(line + "--text texts --length 256 --windows 2 --precision float32 --json")
     assert again.exit_code == 0, again.output

@@ -18,7 +18,15 @@ from hylo.evaluate.engine import Engine, NoMemoryError
 from hylo.evaluate.page import report_page
 from hylo.evaluate.ruler import TASKS, Sample, left_out, make_samples
 from hylo.evaluate.show import missing_lines, results_table, score_rows
-from hylo.evaluate.suites import FORMAT, Settings, check_settings, evaluate_models, parse_lengths, run_ruler
+from hylo.evaluate.suites import (
+    FORMAT,
+    Settings,
+    check_settings,
+    evaluate_models,
+    parse_lengths,
+    ruler_label,
+    run_ruler,
+)
 from hylo.upcycle.bases import load_model, load_tokenizer
 
 
@@ -67,7 +75,7 @@ def test_what_is_missing_is_named_and_never_averaged_away(tiny_report: dict[str,
     for length in ("3072", "4096"):
         scores = suite["ruler"]["lengths"][length]
         assert list(scores["tasks"]) == ["niah_single_1", "vt", "qa_squad"]
-        assert scores["mean"]["label"] == "RULER-3"
+        assert scores["mean"]["label"] == "RULER of niah_single_1, vt, qa_squad"
         assert [task["samples"] for task in scores["tasks"].values()] == [2, 2, 2]
     assert list(suite["ruler"]["missing"]) == ["qa_hotpotqa"]
     lines = missing_lines(tiny_report)
@@ -120,7 +128,7 @@ def test_a_model_that_copies_scores_100_and_an_empty_one_0(smollm2_tokenizer: An
     samples = make_samples(smollm2_tokenizer, tasks, [1024, 2048], 4)
     for right in (True, False):
         backend = Answering(samples, right)
-        suite = run_ruler(backend, samples, {})
+        suite = run_ruler(backend, samples, {"qa_hotpotqa": "no data"})
         assert sum(count for count, _ in backend.asked) == len(samples) == 12 * 2 * 4
         assert {new_tokens for _, new_tokens in backend.asked} == {task.new_tokens for task in TASKS.values()}
         for length in ("1024", "2048"):
@@ -201,6 +209,16 @@ def test_what_fits_no_sample_is_missing_at_its_length(smollm2_tokenizer: Any) ->
     assert long["missing"] == {}
     lines = missing_lines({"results": [{"reference": "a", "family": "llama", "suites": {"ruler": suite}}]})
     assert lines == ["qa_hotpotqa: no data", "vt, cwe: no sample fits 512 tokens"]
+
+
+def test_a_mean_is_called_by_its_number_only_where_nothing_was_left_out_by_choice() -> None:
+    twelve = [name for name in TASKS if name != "qa_hotpotqa"]
+    assert ruler_label(TASKS, ()) == "RULER-13"
+    assert ruler_label(twelve, ["qa_hotpotqa"]) == "RULER-12"
+    assert ruler_label(twelve, ()) == "RULER without qa_hotpotqa"
+    assert ruler_label([name for name in TASKS if name != "cwe"], ["qa_hotpotqa"]) == "RULER without cwe"
+    assert ruler_label(["vt", "fwe"], ["qa_hotpotqa"]) == "RULER of vt, fwe"
+    assert ruler_label([name for name in twelve if name != "vt"], ["qa_hotpotqa", "vt"]) == "RULER-11"
 
 
 def settings(**changes: Any) -> Settings:
