@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hylo.errors import HyLoError
 from hylo.evaluate.engine import Engine
@@ -39,6 +40,24 @@ class PositionScore:
         return math.exp(min(self.nats, 700.0))
 
 
+@dataclass(frozen=True)
+class Perplexity:
+    """Over all tokens, and by position.
+
+    Attributes:
+        nats: mean cross-entropy of all predictions.
+        stderr: of that mean, over windows; None for one window.
+    """
+
+    nats: float
+    stderr: float | None
+    positions: list[PositionScore]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nats, 700.0))
+
+
 def cut_windows(texts: Sequence[str], engine: Engine, length: int, count: int) -> list[list[int]]:
     """At most `count` windows of exactly `length` tokens from the texts laid end to end, each begun as a text begins.
 
@@ -63,7 +82,7 @@ def _first_ids(engine: Engine) -> list[int]:
 
 
 @torch.no_grad()
-def perplexity_by_position(engine: Engine, windows: Sequence[Sequence[int]]) -> list[PositionScore]:
+def perplexity_by_position(engine: Engine, windows: Sequence[Sequence[int]]) -> Perplexity:
     """Mean cross-entropy of each stretch of 1,024 tokens; windows are read in chunks, through the cache.
 
     Raises HyLoError where a value is not finite.
@@ -83,11 +102,16 @@ def perplexity_by_position(engine: Engine, windows: Sequence[Sequence[int]]) -> 
     means = sums / counts
     if not bool(means.isfinite().all()):
         raise HyLoError("the perplexities are not finite")
-    scores = []
-    for i, start in enumerate(range(0, length, POSITIONS)):
-        stderr = float(means[:, i].std() / len(windows) ** 0.5) if len(windows) > 1 else None
-        scores.append(PositionScore(start, int(counts[i]) * len(windows), float(means[:, i].mean()), stderr))
-    return scores
+    positions = [
+        PositionScore(start, int(counts[i]) * len(windows), float(means[:, i].mean()), _stderr(means[:, i]))
+        for i, start in enumerate(range(0, length, POSITIONS))
+    ]
+    whole = sums.sum(1) / counts.sum()
+    return Perplexity(float(whole.mean()), _stderr(whole), positions)
+
+
+def _stderr(of_windows: Tensor) -> float | None:
+    return float(of_windows.std() / len(of_windows) ** 0.5) if len(of_windows) > 1 else None
 
 
 def _chunk_scores(engine: Engine, window: Sequence[int]) -> Any:
@@ -100,8 +124,3 @@ def _chunk_scores(engine: Engine, window: Sequence[int]) -> Any:
         cache = output.past_key_values
         wanted = ids[0, start + 1 : start + 1 + piece.shape[1]]
         yield start, engine.token_scores(output.last_hidden_state[0], wanted)[0]
-
-
-def mean_nats(scores: Sequence[PositionScore]) -> float:
-    """Over all tokens."""
-    return sum(score.nats * score.tokens for score in scores) / sum(score.tokens for score in scores)

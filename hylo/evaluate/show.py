@@ -55,10 +55,8 @@ def _cell(cell: Cell | None, metric: str) -> str:
     if cell is None:
         return ""
     value, stderr, _ = cell
-    if metric == "perplexity":
-        return f"{value:,.2f}"
-    digits = 3 if metric == "bits per byte" else 1
-    return f"{value:.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr is not None else "")
+    digits = {"perplexity": 2, "bits per byte": 3}.get(metric, 1)
+    return f"{value:,.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr is not None else "")
 
 
 def score_rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str], Cell]]:
@@ -82,14 +80,10 @@ def score_rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str]
             yield ("ruler", label, "score"), _percent(scores["mean"], count)
     if (suite := suites.get("perplexity")) is not None:
         count = sum(position["tokens"] for position in suite["positions"])
-        yield (
-            ("perplexity", f"{suite['text']}, windows of {suite['length']:,}", "perplexity"),
-            (
-                suite["perplexity"],
-                None,
-                count,
-            ),
-        )
+        # Of the perplexity, from that of the mean: exp is nearly straight so close to it.
+        stderr = suite["perplexity"] * suite["stderr"] if suite.get("stderr") is not None else None
+        label = f"{suite['text']}, windows of {suite['length']:,}"
+        yield ("perplexity", label, "perplexity"), (suite["perplexity"], stderr, count)
 
 
 def _percent(score: Mapping[str, Any], count: int | None) -> Cell:
@@ -148,6 +142,8 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
     lengths = suites.get("ruler", {}).get("lengths", {}).values()
     if samples := sorted({task["samples"] for scores in lengths for task in scores["tasks"].values()}):
         yield f"samples of RULER for each task and length: {_either(samples)}"
+    for scores in lengths:
+        yield from scores.get("notes", [])
     if result.get("repeated"):
         yield f"measured more than once, the largest shown: {', '.join(result['repeated'])}"
 

@@ -3,6 +3,8 @@
 All that can be wrong with the input is found, and all prompts are made, before weights are read.
 """
 
+import hashlib
+import json
 import math
 import os
 import statistics
@@ -24,7 +26,7 @@ from hylo.errors import HyLoError
 from hylo.evaluate.backends import Backend, HfBackend, check_vllm, vllm_backend
 from hylo.evaluate.data import LocalData, MissingDataError
 from hylo.evaluate.engine import OUT_OF_MEMORY, Engine
-from hylo.evaluate.perplexity import cut_windows, mean_nats, perplexity_by_position
+from hylo.evaluate.perplexity import cut_windows, perplexity_by_position
 from hylo.evaluate.report import environment, installed_version
 from hylo.evaluate.ruler import (
     TASKS,
@@ -33,6 +35,8 @@ from hylo.evaluate.ruler import (
     check_tasks,
     left_out,
     make_samples,
+    origins,
+    repeated_documents,
     samples_digest,
     score,
 )
@@ -89,13 +93,22 @@ class Settings:
     workers: int | None = None
 
 
-@dataclass
-class _Prompts:
-    """What every model of one vocabulary is asked."""
+@dataclass(frozen=True)
+class RulerPrompts:
+    """What RULER asks every model of one vocabulary.
 
-    samples: list[Sample] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-    left_out: dict[int, dict[str, str]] = field(default_factory=dict)
+    Attributes:
+        missing: tasks without data, and why.
+        left_out: tasks without a sample at a length, and why.
+        origin: where the words and texts come from.
+        notes: by length, what a reader must know of its prompts.
+    """
+
+    samples: Sequence[Sample] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[int, list[str]] = field(default_factory=dict)
 
 
 def hub_answers(timeout_s: float = 3.0) -> bool:
@@ -274,14 +287,14 @@ def _text(settings: Settings, data: LocalData) -> tuple[list[str], str]:
     return [document.text for document in read_documents(settings.text)], ", ".join(settings.text)
 
 
-def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData) -> list[_Prompts]:
+def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData) -> list[RulerPrompts]:
     """RULER's, for each model; made once for all that share a vocabulary."""
     if "ruler" not in settings.suites:
-        return [_Prompts() for _ in tokenizers]
+        return [RulerPrompts() for _ in tokenizers]
     tasks, missing = available_tasks(data, settings.tasks or tuple(TASKS))
     if not tasks:
         raise HyLoError(f"no RULER task has its data: {'; '.join(missing.values())}")
-    made: list[_Prompts] = []
+    made: list[RulerPrompts] = []
     for i, tokenizer in enumerate(tokenizers):
         same = next((made[j] for j in range(i) if tokenizers[j].get_vocab() == tokenizer.get_vocab()), None)
         if same is None:
@@ -295,7 +308,9 @@ def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData
                 chat=settings.chat,
                 workers=settings.workers,
             )
-            same = _Prompts(samples, missing, left_out(samples, tasks))
+            same = RulerPrompts(
+                samples, missing, left_out(samples, tasks), origins(data, tasks), repeated_documents(samples, data)
+            )
         made.append(same)
     return made
 
@@ -331,7 +346,7 @@ def _evaluate_one(
     reference: str,
     folder: Path,
     tokenizer: Any,
-    prompts: _Prompts,
+    prompts: RulerPrompts,
     settings: Settings,
     data: LocalData,
     hub: bool,
@@ -361,7 +376,7 @@ def _evaluate_one(
 
         try:
             if name == "ruler":
-                run_ruler(backend, prompts.samples, prompts.missing, prompts.left_out, measured)
+                run_ruler(backend, prompts, measured)
             elif name == "perplexity":
                 assert engine is not None and text is not None
                 measured(_run_perplexity(engine, text, settings, facts["context"]))
@@ -427,7 +442,12 @@ def gold_bits_per_byte(backend: Backend, answers: Sequence[tuple[str, str]]) -> 
     pairs = [(f"Question: {question}\nAnswer:", f" {answer}") for question, answer in answers]
     scored = backend.loglikelihoods(pairs, "gold answers")
     bits = [-value / math.log(2) / len(answer.encode()) for (_, answer), (value, _) in zip(pairs, scored, strict=True)]
-    return {"value": statistics.fmean(bits), "stderr": _stderr(bits), "documents": len(bits)}
+    return {
+        "value": statistics.fmean(bits),
+        "stderr": _stderr(bits),
+        "documents": len(bits),
+        "requests_sha256": _digest(pairs),
+    }
 
 
 def _stderr(values: Sequence[float]) -> float | None:
@@ -435,24 +455,20 @@ def _stderr(values: Sequence[float]) -> float | None:
 
 
 def run_ruler(
-    backend: Backend,
-    samples: Sequence[Sample],
-    missing: Mapping[str, str],
-    left_out: Mapping[int, Mapping[str, str]] | None = None,
-    measured: Callable[[dict[str, Any]], None] = lambda suite: None,
+    backend: Backend, prompts: RulerPrompts, measured: Callable[[dict[str, Any]], None] = lambda suite: None
 ) -> dict[str, Any]:
     """Scores by length and task, from 0 to 1; and by length and depth in percent how many single needles were found, of
     how many. A length that does not fit into memory is missing.
 
     Args:
-        missing: tasks without data, and why.
-        left_out: tasks without a sample at a length, and why.
         measured: is given the suite as it is after each length.
     """
+    samples = prompts.samples
     suite: dict[str, Any] = {
         "lengths": {},
-        "missing": dict(missing),
+        "missing": dict(prompts.missing),
         "needles": {},
+        "origin": dict(prompts.origin),
         "prompts_sha256": samples_digest(samples),
     }
     for length in dict.fromkeys(sample.length for sample in samples):
@@ -464,9 +480,13 @@ def run_ruler(
             suite["missing"][str(length)] = _NO_MEMORY
         else:
             values = [score(sample.task, answer, sample.wanted) for sample, answer in zip(asked, answers, strict=True)]
-            gone = dict((left_out or {}).get(length, {}))
-            scores = _ruler_scores(asked, values, {*missing, *gone}) | {"missing": gone}
-            suite["lengths"][str(length)] = scores | {"seconds": round(time.monotonic() - start, 1)}
+            gone = dict(prompts.left_out.get(length, {}))
+            suite["lengths"][str(length)] = _ruler_scores(asked, values, {*prompts.missing, *gone}) | {
+                "missing": gone,
+                "notes": prompts.notes.get(length, []),
+                "prompts_sha256": samples_digest(asked),
+                "seconds": round(time.monotonic() - start, 1),
+            }
             if needles := _found_needles(asked, values):
                 suite["needles"][str(length)] = needles
         _free_memory()
@@ -533,7 +553,13 @@ def _run_perplexity(engine: Engine, text: tuple[list[str], str], settings: Setti
         "text": text[1],
         "length": length,
         "windows": len(windows),
-        "nats": mean_nats(scores),
-        "perplexity": math.exp(min(mean_nats(scores), 700.0)),
-        "positions": [asdict(one) | {"perplexity": one.perplexity} for one in scores],
+        "nats": scores.nats,
+        "stderr": scores.stderr,
+        "perplexity": scores.perplexity,
+        "positions": [asdict(one) | {"perplexity": one.perplexity} for one in scores.positions],
+        "requests_sha256": _digest(windows),
     }
+
+
+def _digest(asked: Any) -> str:
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

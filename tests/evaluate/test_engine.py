@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hylo.errors import HyLoError
 from hylo.evaluate import engine as engine_module
 from hylo.evaluate.engine import Engine, Row, batches_by_tokens, cut
-from hylo.evaluate.perplexity import POSITIONS, cut_windows, mean_nats, perplexity_by_position
+from hylo.evaluate.perplexity import POSITIONS, cut_windows, perplexity_by_position
 from hylo.upcycle.bases import load_model, load_tokenizer
 
 MODELS = ["base", "hybrid"]
@@ -163,12 +163,13 @@ def test_perplexity_by_position_is_that_of_whole_logits(engines: dict[str, Engin
     logits = engine.model(torch.tensor(windows)).logits[:, :-1].log_softmax(-1)
     nats = -logits.gather(-1, torch.tensor(windows)[:, 1:, None])[..., 0].double()
     # The first token is not predicted: the stretch from 0 holds one less.
-    for score, stretch in zip(scores, (nats[:, : POSITIONS - 1], nats[:, POSITIONS - 1 :]), strict=True):
+    for score, stretch in zip(scores.positions, (nats[:, : POSITIONS - 1], nats[:, POSITIONS - 1 :]), strict=True):
         assert score.tokens == stretch.numel()
         assert score.nats == pytest.approx(float(stretch.mean()), rel=1e-4)
         assert score.stderr == pytest.approx(float(stretch.mean(1).std() / 2**0.5), rel=1e-3)
-    assert mean_nats(scores) == pytest.approx(float(nats.mean()), rel=1e-4)
-    assert [score.start for score in scores] == [0, 1024]
+    assert scores.nats == pytest.approx(float(nats.mean()), rel=1e-4)
+    assert scores.stderr == pytest.approx(float(nats.mean(1).std() / 2**0.5), rel=1e-3)
+    assert [score.start for score in scores.positions] == [0, 1024]
 
 
 def test_windows_are_cut_from_texts_end_to_end(engines: dict[str, Engine]) -> None:

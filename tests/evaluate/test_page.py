@@ -118,10 +118,14 @@ def test_every_section_is_there_with_its_figures(reader: Reader, tiny_report: di
     assert "race.jsonl" in sections["Scores"]
     assert "arXiv 2604.24715" in sections["Scores"]
     assert sections["RULER"].count("niah_single_1") == 2
-    assert "RULER of niah_single_1, vt, qa_squad" in sections["RULER"]
+    assert "RULER of niah_single_1, vt, qa_squad at 3,072" in sections["Scores"]
     suite = tiny_report["results"][0]["suites"]
     assert suite["ruler"]["prompts_sha256"] in sections["How it was measured"]
     assert suite["commonsense"]["tasks"]["piqa"]["requests_sha256"] in sections["How it was measured"]
+    assert suite["gsm8k"]["exact_match"]["requests_sha256"] in sections["How it was measured"]
+    assert suite["gsm8k"]["bits_per_byte"]["requests_sha256"] in sections["How it was measured"]
+    assert suite["perplexity"]["requests_sha256"] in sections["How it was measured"]
+    assert "1,000 questions over 803 paragraphs" in sections["How it was measured"]
     # Memory, two stages, RULER by length, perplexity by position.
     assert reader.svgs == 5
 
@@ -330,13 +334,14 @@ def test_a_browser_draws_it_on_a_phone_and_on_a_desk(browser: str, page: str, tm
     )
     holder.write_text(
         f'<!doctype html><meta charset="utf-8"><body style="margin:0"><iframe srcdoc="{html.escape(page)}" '
-        f'style="width:{width}px;height:7000px;border:0" onload="{html.escape(measure)}"></iframe>',
+        f'style="width:{width}px;height:9000px;border:0" onload="{html.escape(measure)}"></iframe>',
         encoding="utf-8",
     )
     document = browse(browser, tmp_path, "--virtual-time-budget=5000", "--dump-dom", holder.as_uri())
     title = re.search(r"<title>(.*?)</title>", document)
     assert title is not None
     measured = json.loads(html.unescape(title[1]))
+    assert measured["height"] < 9000
     assert measured["width"] <= width
     assert len(measured["plots"]) == 5
     assert all(200 < plot_width <= width and plot_height > 100 for plot_width, plot_height in measured["plots"])

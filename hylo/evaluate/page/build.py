@@ -382,19 +382,18 @@ def _ruler(sources: Sources) -> str:
             values = [model.ruler[length] for length in reached]
             lines.append(Line(model.name, reached, values, None, COLORS[2 + i], True))
     name = _mean_label([one["mean"] for result in results for one in result["suites"]["ruler"]["lengths"].values()])
-    # A long list of tasks stands in the table; on its side there is no room for it.
-    short = name if name.startswith("RULER-") else "RULER, mean"
     plot = line_plot(
-        "ruler", lines, x_label="tokens, prompt and answer", y_label=f"{short}, %", lengths=True, percent=True
+        "ruler", lines, x_label="tokens, prompt and answer", y_label=f"{name}, %", lengths=True, percent=True
     )
     words = "Mean over the tasks by length, in percent, with one standard error. Dashed: published, of RULER-13."
     return _section("RULER", "<div class=charts>", _figure(plot, words), "</div>", "<div class=side>", *heats, "</div>")
 
 
 def _mean_label(means: Sequence[dict[str, Any]]) -> str:
-    """What they are means over, where that is the same for all."""
+    """What they are means over, where that is the same for all and no long list of tasks."""
     labels = {mean["label"] for mean in means}
-    return labels.pop() if len(labels) == 1 else "RULER, mean"
+    label = labels.pop()
+    return label if not labels and label.startswith("RULER-") else "mean"
 
 
 def _value(score: dict[str, Any] | None) -> float | None:
@@ -491,12 +490,28 @@ def _circumstances(sources: Sources) -> str:
         for result in evaluation["results"][:1]:
             for name, suite in result["suites"].items():
                 facts[f"{name}, seconds"] = suite["seconds"]
-            if "ruler" in result["suites"]:
-                facts["RULER prompts, sha256"] = result["suites"]["ruler"]["prompts_sha256"]
-            for task, score in result["suites"].get("commonsense", {}).get("tasks", {}).items():
-                facts[f"{task} requests, sha256"] = score["requests_sha256"]
+            facts |= _asked(result["suites"])
         parts.append(_facts(facts))
     return _section("How it was measured", *parts)
+
+
+def _asked(suites: dict[str, Any]) -> dict[str, str]:
+    """Where what was asked comes from, and its hashes. Results of older versions have fewer of them."""
+    facts: dict[str, str | None] = {}
+    if (suite := suites.get("ruler")) is not None:
+        for name, origin in suite.get("origin", {}).items():
+            facts[f"RULER, {name}"] = origin
+        for length, scores in suite["lengths"].items():
+            facts[f"RULER prompts at {int(length):,}, sha256"] = scores.get("prompts_sha256")
+        facts["RULER prompts, sha256"] = suite["prompts_sha256"]
+    for task, score in suites.get("commonsense", {}).get("tasks", {}).items():
+        facts[f"{task} requests, sha256"] = score["requests_sha256"]
+    if (suite := suites.get("gsm8k")) is not None:
+        facts[f"{suite['task']} requests, sha256"] = suite["exact_match"]["requests_sha256"]
+        facts["GSM8K gold answers, sha256"] = suite["bits_per_byte"].get("requests_sha256")
+    if (suite := suites.get("perplexity")) is not None:
+        facts["perplexity windows, sha256"] = suite.get("requests_sha256")
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _source_name(source: Any) -> str:

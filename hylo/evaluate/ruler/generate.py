@@ -4,18 +4,20 @@ A sample depends on the seed, its task, its length and its number alone, however
 """
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hylo.errors import HyLoError
-from hylo.evaluate.data import LocalData, MissingDataError
+from hylo.evaluate.data import LocalData, MissingDataError, Reading
 from hylo.evaluate.ruler.tasks import TASKS, Draft, Material, QuestionAnswering, Task
 from hylo.evaluate.ruler.words import word_lists
 from hylo.progress import bar
@@ -153,6 +155,32 @@ def left_out(samples: Sequence[Sample], tasks: Sequence[str]) -> dict[int, dict[
         length: {task: f"no sample fits {length:,} tokens" for task in tasks if (length, task) not in there}
         for length in dict.fromkeys(sample.length for sample in samples)
     }
+
+
+def origins(data: LocalData, tasks: Sequence[str]) -> dict[str, str]:
+    """Where the words and texts of these tasks come from."""
+    found = {"words": f"wonderwords {importlib.metadata.version('wonderwords')}"}
+    for needs in dict.fromkeys(TASKS[task].needs for task in tasks):
+        if needs == "essays":
+            found[needs] = data.essays()[1]
+        elif needs is not None:
+            reading: Reading = getattr(data, needs)()
+            counts = f"{len(reading.questions):,} questions over {len(reading.paragraphs):,} paragraphs"
+            found[needs] = f"{reading.origin}, {counts}"
+    return found
+
+
+def repeated_documents(samples: Sequence[Sample], data: LocalData) -> dict[int, list[str]]:
+    """By length, the question-answering tasks whose prompts hold some documents more than once, in words."""
+    found: dict[int, dict[str, None]] = {}
+    for sample in samples:
+        make = TASKS[sample.task].make
+        if isinstance(make, QuestionAnswering):
+            there = len(getattr(data, make.name)().paragraphs)
+            if len(re.findall(r"\n\nDocument \d+:\n", sample.prompt)) > there:
+                words = f"{sample.task} at {sample.length:,} repeats some of its {there:,} paragraphs"
+                found.setdefault(sample.length, {})[words] = None
+    return {length: list(words) for length, words in found.items()}
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
