@@ -100,6 +100,9 @@ def evaluate_command(
     precision: Annotated[PrecisionName, typer.Option(help="Of matrix products.")] = PrecisionName.auto,
     backend: Annotated[BackendName, typer.Option(help="What runs the model.")] = BackendName.hf,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Of a batch. [default: by device]")] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Also write every answer and its mark to samples.jsonl.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and samples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -117,6 +120,8 @@ def evaluate_command(
         return
     if teacher is not None:
         raise HyLoError("--teacher goes with --text alone; beside suites, compare with --vs")
+    if log_samples and output is None:
+        raise HyLoError("--log-samples needs --output, the folder that samples.jsonl is written to")
     from hylo.evaluate.show import missing_lines, results_table
     from hylo.evaluate.suites import SUITES, Settings, parse_lengths
 
@@ -139,7 +144,7 @@ def evaluate_command(
         backend=backend.value,
         batch_tokens=batch_tokens,
     )
-    report = _evaluate([model, *([vs] if vs else [])], settings, output)
+    report = _evaluate([model, *([vs] if vs else [])], settings, output, log_samples)
     if as_json:
         out.print(json.dumps(report), soft_wrap=True, highlight=False, markup=False)
         return
@@ -147,8 +152,9 @@ def evaluate_command(
     for line in missing_lines(report):
         out.print(f"missing    {line}", highlight=False, markup=False, soft_wrap=True)
     if output is not None:
+        samples_line = f"\nsamples    {output / 'samples.jsonl'}" if log_samples else ""
         out.print(
-            f"results    {output / 'results.json'}\npage       {output / 'report.html'}",
+            f"results    {output / 'results.json'}\npage       {output / 'report.html'}{samples_line}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -159,7 +165,7 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _evaluate(models: list[str], settings: Any, output: Path | None) -> dict[str, Any]:
+def _evaluate(models: list[str], settings: Any, output: Path | None, log_samples: bool) -> dict[str, Any]:
     """Measures, and writes both files where an output is given; whether it can be written is known first.
 
     What is measured is saved as soon as it is, so that nothing that ends a run takes it away.
@@ -180,7 +186,17 @@ def _evaluate(models: list[str], settings: Any, output: Path | None) -> dict[str
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / "results.json", report)
 
-    report = evaluate_models(models, settings, save)
+    begun = False
+
+    def log(rows: list[dict[str, Any]]) -> None:
+        nonlocal begun
+        if output is not None and log_samples:
+            output.mkdir(parents=True, exist_ok=True)
+            with (output / "samples.jsonl").open("a" if begun else "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            begun = True
+
+    report = evaluate_models(models, settings, save, log)
     if output is not None:
         save(report)
         (output / "report.html").write_text(report_page([output]), encoding="utf-8")

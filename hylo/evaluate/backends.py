@@ -2,8 +2,10 @@
 one (`HarnessBackend`). Both answer the same questions, and both are a model of lm-eval for its own tasks.
 """
 
+import gc
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,8 +96,15 @@ def _instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]
 
 
-def vllm_backend(folder: Path, max_length: int, dtype: str) -> HarnessBackend:
-    """lm-eval's vLLM model. Raises HyLoError where vLLM is not installed, or does not take the model."""
+@contextmanager
+def vllm_backend(folder: Path, max_length: int, dtype: str) -> Iterator[HarnessBackend]:
+    """lm-eval's vLLM model for the length of the block; after it another engine finds the memory free.
+
+    Raises HyLoError where vLLM is not installed, or does not take the model.
+
+    Args:
+        max_length: tokens of the longest sequence; vLLM refuses a model whose cache has no room for it.
+    """
     check_vllm()
     from hylo.serve.installed import name_vllm
 
@@ -106,9 +115,19 @@ def vllm_backend(folder: Path, max_length: int, dtype: str) -> HarnessBackend:
     memory = {} if torch.cuda.is_available() else {"gpu_memory_utilization": _CPU_MEMORY_SHARE}
     settings: dict[str, Any] = {"dtype": dtype, "max_model_len": max_length, "batch_size": "auto"} | memory
     try:
-        return HarnessBackend(VLLM(pretrained=str(folder), **settings))
+        model = VLLM(pretrained=str(folder), **settings)
     except (ValueError, RuntimeError) as error:
         raise HyLoError(f"vLLM does not take {folder}: {' '.join(str(error).split())[:200]}") from None
+    backend = HarnessBackend(model)
+    try:
+        yield backend
+    finally:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        model.model.llm_engine.engine_core.shutdown()
+        del model.model, backend.harness_model, model
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def check_vllm() -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,13 @@ def _load(names: list[str], **settings: Any) -> dict[str, Any]:
 
 
 def run_tasks(
-    backend: Backend, tasks: dict[str, Any], *, limit: int | None, seed: int, chat: bool = False
+    backend: Backend,
+    tasks: dict[str, Any],
+    *,
+    limit: int | None,
+    seed: int,
+    chat: bool = False,
+    log: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> dict[str, dict[str, Any]]:
     """What the harness measures, by task: every metric with its standard error, documents, shots and a hash of the
     requests.
@@ -126,6 +132,7 @@ def run_tasks(
         limit: documents of each task, from the first on; None for all.
         seed: of the choice of shots, where a task chooses them.
         chat: put prompts into the chat template.
+        log: is given a row for each document and filter of the answers.
     """
     from lm_eval.evaluator import evaluate
 
@@ -143,6 +150,8 @@ def run_tasks(
             fewshot_as_multiturn=chat,
         )
     assert results is not None
+    for name in tasks:
+        log([{"task": name} | _logged(sample) for sample in results["samples"][name]])
     return {
         name: {
             "metrics": _metrics(results["results"][name]),
@@ -153,6 +162,21 @@ def run_tasks(
             "requests_sha256": requests_digest(task.instances),
         }
         for name, task in tasks.items()
+    }
+
+
+def _logged(sample: dict[str, Any]) -> dict[str, Any]:
+    """Of a document: a hash of its first prompt, what the model gave (the text, or of each choice its log-likelihood
+    and whether it is the greedy one), what the filter made of it, what was expected, and each metric."""
+    given = [responses[0] for responses in sample["resps"]]
+    return {
+        "index": sample["doc_id"],
+        "prompt_sha256": sample["prompt_hash"],
+        "answer": given[0] if len(given) == 1 else given,
+        "filter": sample["filter"],
+        "filtered": sample["filtered_resps"],
+        "expected": sample["target"],
+        "score": {metric: sample[metric] for metric in sample["metrics"]},
     }
 
 

