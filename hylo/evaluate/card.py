@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
@@ -20,6 +21,8 @@ from hylo.version import __version__
 _CARD_FILE = "README.md"
 # Samples a task and length below which a score of RULER is a first look.
 _RULER_SAMPLES = 50
+# What the hub is told where no licence is found.
+_UNKNOWN_LICENSE = "that-of-the-base"
 # So that a card that a person wrote is never written over.
 _MARK = "<!-- made by hylo report -->"
 
@@ -51,12 +54,12 @@ def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
     whole = _of(weights, Sources(evaluations=[one for one in sources.evaluations if _is_whole(one)]))
     name = f"{base.removeprefix('package:').rstrip('/').split('/')[-1]}-{layout.replace(' ', '-')}"
     metadata: dict[str, Any] = {
-        "license": base_license(base) or "other",
+        **base_license(base),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["hylo", "hybrid", "linear-attention", "mla", "distillation"],
     }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    if _is_hub_id(base):
         metadata |= {"base_model": base, "base_model_relation": "finetune"}
     if whole:
         metadata["model-index"] = [{"name": name, "results": _hub_results(whole[0])}]
@@ -92,29 +95,69 @@ def _is_whole(evaluation: dict[str, Any]) -> bool:
     return finished and settings["limit"] is None and enough
 
 
-def base_license(base: str) -> str | None:
-    """The licence that the base's package or its own card states, in the hub's spelling; None where there is none."""
+def base_license(base: str) -> dict[str, str]:
+    """What the hub's metadata says of the licence: that of the base's package, or of its own card, in its folder or in
+    the hub's cache. Nothing is downloaded.
+
+    `license`, and where the hub has no name for it ("other") also `license_name` and `license_link`.
+    """
+    stated: dict[str, str] = {}
     if base.startswith("package:"):
-        try:
-            words = importlib.metadata.metadata(base.removeprefix("package:"))
-        except importlib.metadata.PackageNotFoundError:
-            return None
-        stated = next((words[key] for key in ("License-Expression", "License") if key in words), None)
-        return stated.strip().lower() if stated and len(stated) < 40 else None
-    card = Path(base) / _CARD_FILE
-    if not card.is_file():
+        name = _package_license(base.removeprefix("package:"))
+        stated = {"license": name} if name else {}
+    elif (card := _base_card(base)) is not None:
+        stated = _card_license(card)
+    if not stated:
+        stated = {"license": "other", "license_name": _UNKNOWN_LICENSE}
+    if stated["license"] == "other" and _is_hub_id(base):
+        # A link in a base's card may be a file beside it.
+        link = stated.get("license_link", "")
+        page = f"https://huggingface.co/{base}"
+        stated["license_link"] = (f"{page}/blob/main/{link}" if link else page) if "://" not in link else link
+    elif "://" not in stated.get("license_link", ""):
+        stated.pop("license_link", None)
+    return stated
+
+
+def _is_hub_id(base: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+
+
+def _package_license(name: str) -> str | None:
+    try:
+        words = importlib.metadata.metadata(name)
+    except importlib.metadata.PackageNotFoundError:
         return None
+    stated = next((words[key] for key in ("License-Expression", "License") if key in words), None)
+    return stated.strip().lower() if stated and len(stated) < 40 else None
+
+
+def _base_card(base: str) -> Path | None:
+    if _is_hub_id(base):
+        found = try_to_load_from_cache(base, _CARD_FILE)
+        return Path(found) if isinstance(found, str) else None
+    card = Path(base) / _CARD_FILE
+    return card if card.is_file() else None
+
+
+def _card_license(card: Path) -> dict[str, str]:
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
-    values = yaml.safe_load(front[1]) if front else None
-    stated = values.get("license") if isinstance(values, dict) else None
-    return str(stated) if stated else None
+    try:
+        values = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict) or not values.get("license"):
+        return {}
+    return {name: str(values[name]) for name in ("license", "license_name", "license_link") if values.get(name)}
 
 
 def _license_line(base: str) -> str:
     stated = base_license(base)
-    if stated:
-        return f"Licence of the base: {stated}. It holds for this model as well.\n"
-    return "The base's licence is not recorded here; it holds for this model as well.\n"
+    name = stated.get("license_name", stated["license"])
+    if name == _UNKNOWN_LICENSE:
+        return "The base's licence is not recorded here; it holds for this model as well.\n"
+    link = f" ({stated['license_link']})" if "license_link" in stated else ""
+    return f"Licence of the base: {name}{link}. It holds for this model as well.\n"
 
 
 def _layers_table(config: HyLoConfig) -> str:

