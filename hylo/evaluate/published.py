@@ -22,6 +22,15 @@ class Published:
     gsm8k: float
     ruler: dict[int, float]
 
+    @property
+    def base(self) -> str:
+        """What it was made from, as the names of that model's checkpoints have it."""
+        return self.name.split()[0]
+
+    def is_of(self, reference: str) -> bool:
+        """Whether a folder or a hub id is named after its base."""
+        return self.base.lower() in reference.lower()
+
 
 def _model(name: str, cache: float, commonsense: float, gsm8k: float, *ruler: float) -> Published:
     return Published(name, cache, commonsense, gsm8k, dict(zip(RULER_LENGTHS, ruler, strict=True)))

