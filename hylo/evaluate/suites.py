@@ -3,21 +3,18 @@
 All that can be wrong with the input is found, and all prompts are made, before weights are read.
 """
 
-import hashlib
-import json
 import math
 import os
 import statistics
 import struct
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -26,20 +23,19 @@ from hylo.errors import HyLoError
 from hylo.evaluate.backends import Backend, HfBackend, check_vllm, vllm_backend
 from hylo.evaluate.data import LocalData, MissingDataError
 from hylo.evaluate.engine import OUT_OF_MEMORY, Engine
+from hylo.evaluate.measures import NO_MEMORY, Log, Save, digest, free_memory, standard_error, task_mean, text_digest
 from hylo.evaluate.perplexity import cut_windows, perplexity_by_position
 from hylo.evaluate.report import environment, installed_version
 from hylo.evaluate.ruler import (
     TASKS,
-    Sample,
     available_tasks,
     check_tasks,
     left_out,
     make_samples,
     origins,
     repeated_documents,
-    samples_digest,
-    score,
 )
+from hylo.evaluate.ruler.run import RulerPrompts, run_ruler
 from hylo.precision import Precision, default_device, resolve_precision
 from hylo.upcycle.bases import load_model, load_tokenizer, opened_folder, resolve_base, weights_digest
 from hylo.upcycle.layout import format_layout
@@ -49,7 +45,6 @@ SUITES = ("commonsense", "gsm8k", "ruler", "perplexity")
 FORMAT = "hylo-eval-1"
 # More than any document of lm-eval's tasks takes with its shots and its answer.
 _HARNESS_TOKENS = 8192
-_NO_MEMORY = "not measured: one sequence does not fit into memory"
 
 Place = Literal["auto", "hub", "local"]
 
@@ -93,24 +88,6 @@ class Settings:
     backend: str = "hf"
     batch_tokens: int | None = None
     workers: int | None = None
-
-
-@dataclass(frozen=True)
-class RulerPrompts:
-    """What RULER asks every model of one vocabulary.
-
-    Attributes:
-        missing: tasks without data, and why.
-        left_out: tasks without a sample at a length, and why.
-        origin: where the words and texts come from.
-        notes: by length, what a reader must know of its prompts.
-    """
-
-    samples: Sequence[Sample] = ()
-    missing: Mapping[str, str] = field(default_factory=dict)
-    left_out: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-    origin: Mapping[str, str] = field(default_factory=dict)
-    notes: Mapping[int, list[str]] = field(default_factory=dict)
 
 
 def hub_answers(timeout_s: float = 3.0) -> bool:
@@ -167,10 +144,6 @@ def _check_lengths(config: PreTrainedConfig, reference: str, settings: Settings)
         )
 
 
-Save = Callable[[dict[str, Any]], None]
-Log = Callable[[list[dict[str, Any]]], None]
-
-
 def evaluate_models(
     references: Sequence[str],
     settings: Settings,
@@ -222,7 +195,7 @@ def evaluate_models(
             results.append({})
             _evaluate_one(results[-1], reference, folder, tokenizer, asked, settings, data, hub, text, keep, log)
             # What the model before held.
-            _free_memory()
+            free_memory()
     return report | {"environment": _environment()}
 
 
@@ -230,11 +203,6 @@ def _environment() -> dict[str, Any]:
     where = environment()
     where["versions"] |= {name: installed_version(name) for name in ("lm_eval", "datasets", "vllm")}
     return where
-
-
-def _free_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _needs_hub(settings: Settings) -> bool:
@@ -399,9 +367,9 @@ def _evaluate_one(
                     run: Callable[..., dict[str, Any]] = {"commonsense": _run_commonsense, "gsm8k": _run_gsm8k}[name]
                     measured(run(backend, settings, data, hub, logged))
             except OUT_OF_MEMORY:
-                result["missing"][name] = _NO_MEMORY
+                result["missing"][name] = NO_MEMORY
                 keep()
-            _free_memory()
+            free_memory()
         result["finished"] = True
         keep()
 
@@ -425,18 +393,6 @@ def _run_commonsense(backend: Backend, settings: Settings, data: LocalData, hub:
     for name, result in measured.items():
         result |= {"metric": COMMONSENSE[name], "origin": origins[name]} | result["metrics"][COMMONSENSE[name]]
     return {"tasks": measured, "missing": missing, "mean": task_mean(measured.values(), len(COMMONSENSE))}
-
-
-def task_mean(results: Any, of: int) -> dict[str, Any]:
-    """The mean over tasks, labelled by how many of the published ones it is over."""
-    results = list(results)
-    errors = [result["stderr"] for result in results]
-    known = all(error is not None for error in errors)
-    return {
-        "label": f"mean of {len(results)}" + ("" if len(results) == of else f" of the {of} tasks"),
-        "value": statistics.fmean(result["value"] for result in results),
-        "stderr": math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
-    }
 
 
 def _run_gsm8k(backend: Backend, settings: Settings, data: LocalData, hub: bool, log: Log) -> dict[str, Any]:
@@ -472,7 +428,7 @@ def gold_bits_per_byte(
             {
                 "task": "gold answers",
                 "index": i,
-                "prompt_sha256": _text_digest(context),
+                "prompt_sha256": text_digest(context),
                 "expected": answer,
                 "score": {"bits_per_byte": value},
             }
@@ -481,123 +437,10 @@ def gold_bits_per_byte(
     )
     return {
         "value": statistics.fmean(bits),
-        "stderr": _stderr(bits),
+        "stderr": standard_error(bits),
         "documents": len(bits),
-        "requests_sha256": _digest(pairs),
+        "requests_sha256": digest(pairs),
     }
-
-
-def _stderr(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def run_ruler(
-    backend: Backend,
-    prompts: RulerPrompts,
-    measured: Save = lambda suite: None,
-    log: Log = lambda rows: None,
-) -> dict[str, Any]:
-    """Scores by length and task, from 0 to 1; and by length and depth in percent how many single needles were found, of
-    how many. A length that does not fit into memory is missing.
-
-    Args:
-        measured: is given the suite as it is after each length.
-        log: is given a row for each sample of a length.
-    """
-    samples = prompts.samples
-    suite: dict[str, Any] = {
-        "lengths": {},
-        "missing": dict(prompts.missing),
-        "needles": {},
-        "origin": dict(prompts.origin),
-        "prompts_sha256": samples_digest(samples),
-    }
-    for length in dict.fromkeys(sample.length for sample in samples):
-        asked = [sample for sample in samples if sample.length == length]
-        start = time.monotonic()
-        try:
-            answers = _ruler_answers(backend, asked)
-        except OUT_OF_MEMORY:
-            suite["missing"][str(length)] = _NO_MEMORY
-        else:
-            values = [score(sample.task, answer, sample.wanted) for sample, answer in zip(asked, answers, strict=True)]
-            gone = dict(prompts.left_out.get(length, {}))
-            suite["lengths"][str(length)] = _ruler_scores(asked, values, {*prompts.missing, *gone}) | {
-                "missing": gone,
-                "notes": prompts.notes.get(length, []),
-                "prompts_sha256": samples_digest(asked),
-                "seconds": round(time.monotonic() - start, 1),
-            }
-            log([_ruler_row(*row) for row in zip(asked, answers, values, strict=True)])
-            if needles := _found_needles(asked, values):
-                suite["needles"][str(length)] = needles
-        _free_memory()
-        measured(suite)
-    return suite
-
-
-def _ruler_row(sample: Sample, answer: str, value: float) -> dict[str, Any]:
-    return {
-        "task": sample.task,
-        "length": sample.length,
-        "index": sample.index,
-        "depth": sample.depth,
-        "prompt_sha256": _text_digest(sample.prompt),
-        "answer": answer,
-        "expected": sample.wanted,
-        "score": value,
-    }
-
-
-def _ruler_answers(backend: Backend, samples: Sequence[Sample]) -> list[str]:
-    """To samples of one length, in their order; asked together where they take as many tokens to answer."""
-    groups: dict[int, list[int]] = {}
-    for i, sample in enumerate(samples):
-        groups.setdefault(sample.new_tokens, []).append(i)
-    answers: dict[int, str] = {}
-    for new_tokens, indices in groups.items():
-        first = samples[indices[0]]
-        given = backend.answers(
-            [samples[i].prompt for i in indices],
-            new_tokens,
-            special=first.special,
-            description=f"RULER {first.length:,}, answers of {new_tokens}",
-        )
-        answers.update(zip(indices, given, strict=True))
-    return [answers[i] for i in range(len(samples))]
-
-
-def _ruler_scores(samples: Sequence[Sample], values: Sequence[float], missing: set[str]) -> dict[str, Any]:
-    """Of one length: each task, and the mean over them; `missing` are those that were wanted and could not be had."""
-    tasks = {}
-    for name in TASKS:
-        of_task = [value for sample, value in zip(samples, values, strict=True) if sample.task == name]
-        if of_task:
-            value = statistics.fmean(of_task)
-            tasks[name] = {"value": value, "stderr": _stderr(of_task), "samples": len(of_task)}
-    mean = task_mean(tasks.values(), len(TASKS)) | {"label": ruler_label(tasks, missing)}
-    return {"tasks": tasks, "mean": mean}
-
-
-def ruler_label(tasks: Iterable[str], missing: Iterable[str]) -> str:
-    """What a mean over these tasks is called: by their number where they are all thirteen, or all that could be had;
-    else by name, since any twelve of thirteen are no RULER-12."""
-    there = list(tasks)
-    others = [name for name in TASKS if name not in there]
-    if set(others) <= set(missing):
-        return f"RULER-{len(there)}"
-    return f"RULER without {', '.join(others)}" if len(others) < len(there) else f"RULER of {', '.join(there)}"
-
-
-def _found_needles(samples: Sequence[Sample], values: Sequence[float]) -> dict[str, list[float]]:
-    """By depth in percent: found, hidden."""
-    needles: dict[str, list[float]] = {}
-    for sample, value in zip(samples, values, strict=True):
-        if sample.depth is not None:
-            found = needles.setdefault(f"{sample.depth:g}", [0.0, 0])
-            found[0] += value
-            found[1] += 1
-    return needles
 
 
 def _run_perplexity(engine: Engine, text: tuple[list[str], str], settings: Settings, context: int) -> dict[str, Any]:
@@ -612,13 +455,5 @@ def _run_perplexity(engine: Engine, text: tuple[list[str], str], settings: Setti
         "stderr": scores.stderr,
         "perplexity": scores.perplexity,
         "positions": [asdict(one) | {"perplexity": one.perplexity} for one in scores.positions],
-        "requests_sha256": _digest(windows),
+        "requests_sha256": digest(windows),
     }
-
-
-def _digest(asked: Any) -> str:
-    return _text_digest(json.dumps(asked))
-
-
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

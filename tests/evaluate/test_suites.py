@@ -19,17 +19,9 @@ from hylo.evaluate import suites
 from hylo.evaluate.engine import Engine, NoMemoryError
 from hylo.evaluate.page import report_page
 from hylo.evaluate.ruler import TASKS, Sample, left_out, make_samples
+from hylo.evaluate.ruler.run import RulerPrompts, ruler_label, run_ruler
 from hylo.evaluate.show import missing_lines, results_table, score_rows
-from hylo.evaluate.suites import (
-    FORMAT,
-    RulerPrompts,
-    Settings,
-    check_settings,
-    evaluate_models,
-    parse_lengths,
-    ruler_label,
-    run_ruler,
-)
+from hylo.evaluate.suites import FORMAT, Settings, check_settings, evaluate_models, parse_lengths
 from hylo.upcycle.bases import load_model, load_tokenizer
 
 

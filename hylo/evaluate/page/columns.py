@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hylo.evaluate.harness import COMMONSENSE
-from hylo.evaluate.suites import task_mean
+from hylo.evaluate.measures import task_mean
 
 Suite = dict[str, Any]
 
