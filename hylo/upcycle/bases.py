@@ -72,7 +72,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
     try:
         # The family first: weights are gigabytes.
         check_named_family(read_json(Path(hf_hub_download(hub_id, "config.json"))), hub_id, "hylo")

@@ -1,6 +1,7 @@
 """Mixers and models on a GPU against the float64 CPU. Run with HYLO_TEST_GPU=1 pytest tests/gpu."""
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -62,9 +63,7 @@ def test_forward(
 def test_gradients(mixer: str, length: int) -> None:
     """Of a layer in a training step: float32 weights, bfloat16 products, packed documents."""
     model = hybrid([mixer])
-    layer = model.model.layers[0].double()
-    hidden = model.model.embed_tokens(random_ids(1, length)).detach()
-    upstream = torch.randn_like(hidden)
+    layer = model.model.layers[0]
     offsets = torch.tensor([0, 40, 129, length], dtype=torch.int32)
 
     def gradients(x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -73,17 +72,23 @@ def test_gradients(mixer: str, length: int) -> None:
         layer.mixer(x, **context.arguments(layer.mixer), past_key_values=None).backward(upstream)
         return {name: p.grad.double().cpu().clone() for name, p in layer.mixer.named_parameters() if p.grad is not None}
 
-    expected = gradients(hidden.double(), upstream.double())
+    # Mamba-2's norm of small heads multiplies roundings, more in one text than in another: the median of several.
+    texts = [(torch.randn(2, 1, length, SIZES["hidden_size"]).double()) for _ in range(5)]
+    layer.double()
+    expected = [gradients(hidden, upstream) for hidden, upstream in texts]
     layer.float()
-    errors = []
+    errors: dict[str, dict[str, float]] = {}
     for device in ("cpu", "cuda"):
         model.to(device)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            result = gradients(hidden.float().to(device), upstream.float().to(device))
-        assert result.keys() == expected.keys()
-        errors.append({name: float((result[name] - value).norm() / value.norm()) for name, value in expected.items()})
-    # No more than twice what plain torch loses to the same roundings, which Mamba-2's norm of small heads multiplies.
-    assert all(errors[1][name] < max(2 * errors[0][name], 1e-2) for name in expected), errors
+        found = []
+        for text, exact in zip(texts, expected, strict=True):
+            with torch.autocast(device, dtype=torch.bfloat16):
+                result = gradients(*text.float().to(device))
+            assert result.keys() == exact.keys()
+            found.append({name: float((result[name] - value).norm() / value.norm()) for name, value in exact.items()})
+        errors[device] = {name: statistics.median(each[name] for each in found) for name in expected[0]}
+    # No more than twice what plain torch loses to the same roundings.
+    assert all(errors["cuda"][name] < max(2 * errors["cpu"][name], 1e-2) for name in expected[0]), errors
 
 
 def distance(result: torch.Tensor, exact: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from hylo.serve import compilation
 
 
 def strides_of_parts(shape_padding: bool, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Of a projection to 18 values cut in two, compiled as vLLM compiles a piece, as if on a GPU that widens products."""
+    """Of a projection to 18 values cut in two, compiled as vLLM compiles a piece, widened as if on a GPU."""
     from torch._inductor import config, standalone_compile
     from torch._inductor.fx_passes import pad_mm
     from torch.fx.experimental.proxy_tensor import make_fx
