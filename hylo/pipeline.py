@@ -193,6 +193,7 @@ class UpcycleRun:
             ridge=section.ridge,
             sequential=section.sequential,
             latents=section.latents,
+            pairs=section.pairs,
             gates=section.gates,
         )
         return {"tokens": windows.tokens}

@@ -34,6 +34,7 @@ class CalibrationSection(Section):
         ridge: the penalty, relative to the mean square of a feature.
         sequential: each layer on the student's own hidden states, rather than the teacher's.
         latents: make the queries, latents and rotary keys of MLA layers from the teacher's attention on that text.
+        pairs: with `latents`, choose the rotary pairs of MLA layers by what they gain, in place of the geometry's.
         gates: set output gates and value convolutions of linear layers from it as well.
     """
 
@@ -43,7 +44,14 @@ class CalibrationSection(Section):
     ridge: Number = Field(default=1e-3, gt=0)
     sequential: bool = True
     latents: bool = False
+    pairs: bool = False
     gates: bool = False
+
+    @model_validator(mode="after")
+    def _makes_anew(self) -> "CalibrationSection":
+        if self.pairs and not self.latents:
+            raise ValueError("pairs is true; expected latents to be true as well, which makes the weights anew")
+        return self
 
 
 class RopeScalingSection(Section):

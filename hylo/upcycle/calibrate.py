@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from hylo.data.windows import Windows
 from hylo.errors import HyLoError
 from hylo.mixers.mamba2 import Mamba2
-from hylo.mixers.mla import MultiHeadLatentAttention
+from hylo.mixers.mla import MLAGeometry, MultiHeadLatentAttention
 from hylo.modeling import HyLoDecoderLayer, HyLoForCausalLM, MixingContext
 from hylo.precision import autocast, default_device
 from hylo.progress import bar
@@ -38,6 +38,7 @@ from hylo.upcycle.activations import AttentionStatistics, AttentionWeights, LagS
 from hylo.upcycle.bases import load_model, save_checkpoint
 from hylo.upcycle.initialise.activation import ActivationDecomposition
 from hylo.upcycle.initialise.gates import GateStatistics, conv_size, has_gates, set_value_taps
+from hylo.upcycle.pairs import pairs_by_gain, set_pairs
 from hylo.upcycle.ridge import RidgeRegression
 from hylo.upcycle.trace import enter_layers, layers_of, mixer_of, step_layer
 
@@ -58,6 +59,7 @@ def calibrate_checkpoint(
     ridge: float = 1e-3,
     sequential: bool = True,
     latents: bool = False,
+    pairs: bool = False,
     gates: bool = False,
     save_dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -67,7 +69,7 @@ def calibrate_checkpoint(
         checkpoint, base: model folders.
         windows: the text.
         dtype: of matrix products.
-        ridge, sequential, latents, gates: see `calibrate`. Raises as it does.
+        ridge, sequential, latents, pairs, gates: see `calibrate`. Raises as it does.
     """
     device = default_device()
     student = load_model(checkpoint, torch.float32).to(device)
@@ -77,7 +79,9 @@ def calibrate_checkpoint(
         {key: batch[key].to(device) for key in ("input_ids", "attention_mask")} for batch in windows.batches(batch_size)
     ]
     with autocast(device, dtype):
-        calibrate(student, teacher, batches, ridge=ridge, sequential=sequential, latents=latents, gates=gates)
+        calibrate(
+            student, teacher, batches, ridge=ridge, sequential=sequential, latents=latents, pairs=pairs, gates=gates
+        )
     save_checkpoint(student.to(save_dtype), output, base)
 
 
@@ -90,6 +94,7 @@ def calibrate(
     ridge: float = 1e-3,
     sequential: bool = True,
     latents: bool = False,
+    pairs: bool = False,
     gates: bool = False,
 ) -> None:
     """Solves the output projections of all layers whose mixer is not attention, in place.
@@ -99,15 +104,26 @@ def calibrate(
         ridge: lambda, relative to the mean square of a feature.
         sequential: features from the student's own hidden states rather than the teacher's.
         latents: make queries, latents and rotary keys of MLA layers anew, from the teacher's attention on the text.
+        pairs: with `latents`, choose the rotary pairs of MLA layers by what they gain (`hylo.upcycle.pairs`), and leave
+            them in the student's config.
         gates: set output gates and value convolutions of linear layers, from the teacher's attention on the text; those
             whose heads are not the teacher's stay as they are.
 
     Raises:
-        HyLoError: where values are not finite, or `latents` is asked of MLA layers that norm queries or keys.
+        HyLoError: where values are not finite, `latents` is asked of MLA layers that norm queries or keys, or `pairs`
+            without `latents`.
     """
+    if pairs and not latents:
+        raise HyLoError("calibration: pairs is true; expected latents to be true as well, which makes the weights anew")
     if latents:
         _check_latents(student)
     layers = student.model.decoder_layers
+    if pairs:
+        mla = [i for i, layer in enumerate(layers) if isinstance(layer.mixer, MultiHeadLatentAttention)]
+        if mla:
+            geometry = student.config.geometry("mla")
+            assert isinstance(geometry, MLAGeometry)
+            set_pairs(student, pairs_by_gain(teacher, batches, geometry, mla))
     batches, weights = _with_first_tokens(batches)
     entered = [enter_layers(teacher, batch) for batch in batches]
     teacher_hidden = [hidden for hidden, _ in entered]
