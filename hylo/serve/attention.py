@@ -8,6 +8,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.v1.attention.backend import AttentionBackend
 
 from hylo.config import HyLoConfig
 from hylo.serve.architecture import attention_head_size
@@ -16,6 +17,16 @@ from hylo.serve.weights import Place
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+def build_for_each_group(backend: type[AttentionBackend]) -> None:
+    """Has vLLM make a step's metadata for each group of attention layers, not for the first alone.
+
+    Where a model has more attention layers than linear ones of a kind, vLLM caches them in several groups and hands the
+    metadata of the first to the others. FlashAttention 3 keeps the schedule of a step in memory of each group, from
+    where CUDA graphs read it: those of the others would go by the schedule that they were recorded with.
+    """
+    backend.get_builder_cls().supports_update_block_table = False
 
 
 class PaddedAttention(nn.Module):
@@ -43,6 +54,7 @@ class PaddedAttention(nn.Module):
             prefix=prefix,
         )
         self.num_heads = num_heads
+        build_for_each_group(self.attention.get_attn_backend())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`[T, H, K]`, `[T, Hkv, K]` and `[T, Hkv, V]` to `[T, H * V]`."""

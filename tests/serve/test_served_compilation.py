@@ -1,4 +1,4 @@
-"""What vLLM's compiler is told: it hands the parts of a projection on with the strides that were traced."""
+"""What vLLM is told, so that compiled code and recorded graphs read what they were made for."""
 
 from typing import Any
 
@@ -45,3 +45,13 @@ def test_an_engine_is_told(tmp_path: Any) -> None:
     with engine(tmp_path / "model") as llm:
         (told,) = llm.collective_rpc(lambda worker: worker.vllm_config.compilation_config.inductor_compile_config)
     assert compilation.OPTIONS.items() <= told.items()
+
+
+def test_each_group_of_attention_layers_has_metadata_of_its_own() -> None:
+    """FlashAttention's builder would hand on those of the first, with a schedule that graphs of others do not read."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionMetadataBuilder
+
+    from hylo.serve.attention import build_for_each_group
+
+    build_for_each_group(FlashAttentionBackend)
+    assert not FlashAttentionMetadataBuilder.supports_update_block_table
