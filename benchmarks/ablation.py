@@ -204,6 +204,9 @@ def main() -> None:
             parse_recipe(variant.recipe, variant.name)
     except HyLoError as error:
         sys.exit(f"error: {error}")
+    for part in ("tokens", "held-out"):
+        if not (arguments.data / part).is_dir():
+            sys.exit(f"error: {arguments.data} holds no folder {part}; expected what corpus.py packs")
     folders = {name: arguments.runs.absolute() / name for name in names}
     gpus = [gpu for gpu in arguments.gpus.split(",") if gpu]
     results: dict[str, dict[str, Any]] = {}

@@ -396,6 +396,8 @@ def main() -> None:
         parser.error(f"no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
     if arguments.data is None and parts != ["report"]:
         parser.error("--data is needed to train and to evaluate")
+    if arguments.data is not None and not all((arguments.data / part).is_dir() for part in ("tokens", "held-out")):
+        parser.error(f"{arguments.data} lacks the folders tokens or held-out; expected what corpus.py packs")
     try:
         recipes = {
             Path(name).stem: recipe_values(name, arguments.scale, arguments.set) for name in arguments.recipe.split(",")

@@ -116,5 +116,5 @@ def linear_cross_entropy(
         needs_head=will_differentiate(head),
     )
     wide = torch.promote_types(dtype, torch.float32)
-    divisor = torch.as_tensor(len(rows) if count is None else count, dtype=wide, device=device).clamp(min=1)
+    divisor = torch.as_tensor(max(1, len(rows)) if count is None else count, dtype=wide, device=device)
     return _LinearCrossEntropy.apply(hidden, head, targets, rows, divisor, settings)

@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from hylo.errors import HyLoError
+
 # How many scores are held at a time, on a CPU and on a GPU; of one head at least.
 _SCORES_TOGETHER = (2**18, 2**26)
 
@@ -105,6 +107,11 @@ class AttentionStatistics:
         self.queries = like.new_zeros(heads, head_dim, head_dim)
         self.rotation = like.new_zeros(heads, head_dim // 2, dtype=torch.complex128)
         self.keys, self.read, self.inputs = (like.new_zeros(hidden, hidden) for _ in range(3))
+
+    def check(self) -> None:
+        """Raises HyLoError where a sum is not finite."""
+        if not all(bool(torch.isfinite(x).all()) for x in (self.cost, self.keys, self.read)):
+            raise HyLoError("calibration: a layer's values are not finite; are the base's weights sound?")
 
     @torch.no_grad()
     def add_alone(self, inputs: Tensor, weight: float = 1.0) -> None:

@@ -204,8 +204,7 @@ def _solve_latents(
             statistics.add_alone(norm(hidden)[:, 0], weight)
         else:
             statistics.add(norm(hidden), real, arguments["position_embeddings"])
-    if not all(bool(torch.isfinite(x).all()) for x in (statistics.cost, statistics.keys, statistics.read)):
-        raise HyLoError("calibration: a layer's values are not finite; are the base's weights sound?")
+    statistics.check()
     ActivationDecomposition(statistics, mixer.geometry).apply_to(mixer)
 
 

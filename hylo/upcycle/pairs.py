@@ -31,6 +31,8 @@ def pairs_by_gain(
     Args:
         batches: input_ids and attention_mask, `[B, T]` each; as many are read as it takes.
         layers: which are to be MLA.
+
+    Raises HyLoError where values are not finite.
     """
     read: list[dict[str, Tensor]] = []
     for batch in batches:
@@ -48,6 +50,7 @@ def pairs_by_gain(
                 for states, batch, (_, arguments) in zip(hidden, read, entered, strict=True):
                     mask = batch["attention_mask"].bool()
                     statistics.add(norm(states), mask, arguments["position_embeddings"])
+                statistics.check()
                 found = ActivationDecomposition(statistics, geometry).pair_gains
                 gains = found if gains is None else gains + found
             hidden = [step_layer(layer, states, args)[1] for states, (_, args) in zip(hidden, entered, strict=True)]

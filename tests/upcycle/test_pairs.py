@@ -80,6 +80,13 @@ def test_a_checkpoint_keeps_them(base_folder: Path, tmp_path: Path) -> None:
     assert told["mla"]["rope_pairs"] == [0, 1]
 
 
+@torch.no_grad()
+def test_values_that_are_not_finite_are_told(teacher: LlamaForCausalLM) -> None:
+    teacher.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
+    with pytest.raises(HyLoError, match="not finite; are the base's weights sound"):
+        pairs_by_gain(teacher, batches_of(1), GEOMETRY, [0, 1])
+
+
 def test_pairs_need_weights_made_anew(base_folder: Path, tmp_path: Path, teacher: LlamaForCausalLM) -> None:
     convert_base(base_folder, tmp_path / "hybrid", "2MLA2GDN", {"mla": SIZES})
     with pytest.raises(HyLoError, match="expected latents to be true"):
