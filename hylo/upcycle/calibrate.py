@@ -18,7 +18,7 @@ With `latents`, what stands before the projection in MLA layers is made anew as 
 does on the text (`hylo.upcycle.initialise.activation`), before the projection is solved.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,22 @@ from hylo.progress import bar
 from hylo.upcycle.activations import AttentionStatistics, AttentionWeights, LagStatistics
 from hylo.upcycle.bases import load_model, save_checkpoint
 from hylo.upcycle.initialise.activation import ActivationDecomposition
+from hylo.upcycle.initialise.averages import AverageStatistics
 from hylo.upcycle.initialise.gates import GateStatistics, conv_size, has_gates, set_value_taps
 from hylo.upcycle.pairs import pairs_by_gain, set_pairs
 from hylo.upcycle.ridge import RidgeRegression
 from hylo.upcycle.trace import enter_layers, layers_of, mixer_of, step_layer
 
+# Of one layer and batch: its input on the teacher `[B, T, d]`, which tokens are real `[B, T]`, what the teacher's layer
+# is called with besides, how often the batch counts, and the student's context.
+LayerText = tuple[Tensor, Tensor, dict[str, Any], float, MixingContext]
+
 # About how many tokens of the text are read alone, and how much they count together, as a share of the text.
 _FIRST_TOKENS = 2048
 _FIRST_ROWS = 512
 _FIRST_SHARE = 1 / 16
+# Of starts, that is chosen which is best on every so many-th batch, solved on the others.
+_CHECKED = 4
 
 
 def calibrate_checkpoint(
@@ -137,33 +144,26 @@ def calibrate(
     tokens = sum(int(mask.sum()) for mask in real)
     with bar("calibrate", tokens, "tokens") as shown:
         for layer, teacher_layer in zip(layers, layers_of(teacher), strict=True):
-            solved = layer.mixer.replaces_attention
-            projection = layer.mixer.output_projection
-            regression = RidgeRegression()
-            features = []
-            if latents and isinstance(layer.mixer, MultiHeadLatentAttention):
-                text = zip(teacher_hidden, real, arguments, weights, strict=True)
-                _solve_latents(layer.mixer, teacher_layer, text)
-            if gates and has_gates(layer.mixer):
-                _solve_gates(layer, teacher_layer, list(zip(teacher_hidden, real, arguments, contexts, strict=True)))
-            for i, context in enumerate(contexts):
-                mixed, output = step_layer(teacher_layer, teacher_hidden[i], arguments[i])
-                if solved or sequential:
-                    x = _features(layer, student_hidden[i] if sequential else teacher_hidden[i], context)
-                    if solved:
-                        # The projection's bias, where it has one, stays what the base's biases make it.
-                        target = mixed if projection.bias is None else mixed - projection.bias
-                        regression.add(x[real[i]], target[real[i]], weights[i])
-                    if sequential:
-                        features.append(x)
-                teacher_hidden[i] = output
+            mixer, solved = layer.mixer, layer.mixer.replaces_attention
+            text = list(zip(teacher_hidden, real, arguments, weights, contexts, strict=True))
+            if latents and isinstance(mixer, MultiHeadLatentAttention):
+                _solve_latents(mixer, teacher_layer, text)
+            steps = [step_layer(teacher_layer, hidden, shared) for hidden, _, shared, _, _ in text]
+            inputs = student_hidden if sequential else teacher_hidden
             if solved:
-                projection.weight.copy_(regression.solve(ridge))
+                # Without gates there is one start, the mixer as it is.
+                starts = _starts(layer, teacher_layer, text) if gates and has_gates(mixer) else [lambda: None]
+                features = _solve_best(
+                    layer, starts, inputs, [mixed for mixed, _ in steps], text, ridge, keep=sequential
+                )
+            elif sequential:
+                features = [_features(layer, x, context) for x, context in zip(inputs, contexts, strict=True)]
             if sequential:
                 student_hidden = [
-                    layer.after_mixing(hidden, projection(x))
+                    layer.after_mixing(hidden, mixer.output_projection(x))
                     for hidden, x in zip(student_hidden, features, strict=True)
                 ]
+            teacher_hidden = [output for _, output in steps]
             # Every token passes every layer: a layer is its share of the tokens.
             shown.advance(tokens / len(layers))
 
@@ -186,20 +186,66 @@ def _check_latents(student: HyLoForCausalLM) -> None:
         )
 
 
-def _solve_latents(
-    mixer: MultiHeadLatentAttention,
-    teacher_layer: torch.nn.Module,
-    text: Iterable[tuple[Tensor, Tensor, dict[str, Any], float]],
-) -> None:
-    """All of an MLA mixer but its output projection.
+def _solve_best(
+    layer: HyLoDecoderLayer,
+    starts: Sequence[Callable[[], None]],
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    text: list[LayerText],
+    ridge: float,
+    *,
+    keep: bool,
+) -> list[Tensor]:
+    """Solves the output projection after each start of the mixer, and keeps the start that leaves the least error.
+
+    The error is that on batches of the text which the solution did not see, where there are enough of them; what is
+    kept is solved on all.
 
     Args:
-        text: the layer's input on the teacher `[B, T, d]`, which tokens are real `[B, T]`, what the layer is called
-            with besides, and how often it counts, batch by batch.
+        starts: each changes what stands before the projection, of the mixer as it was before any.
+        inputs: the layer's, `[B, T, d]`, batch by batch.
+        targets: what the mixer should give, `[B, T, d]`.
+
+    Returns, if they are to be kept, the features before the projection, `[B, T, F]`, batch by batch.
     """
+    mixer, projection = layer.mixer, layer.mixer.output_projection
+    before = {name: value.clone() for name, value in mixer.state_dict().items()} if len(starts) > 1 else {}
+    # Of little text none is held out.
+    step = _CHECKED if before and len(text) >= 2 * _CHECKED else 0
+    best: tuple[float, dict[str, Tensor], list[Tensor]] | None = None
+    for start in starts:
+        mixer.load_state_dict(before or mixer.state_dict())
+        start()
+        fit, check = RidgeRegression(), RidgeRegression()
+        features = []
+        for i, (x, target, (_, real, _, weight, context)) in enumerate(zip(inputs, targets, text, strict=True)):
+            read = _features(layer, x, context)
+            # The projection's bias, where it has one, stays what the base's biases make it.
+            wanted = target if projection.bias is None else target - projection.bias
+            (check if step and i % step == step - 1 else fit).add(read[real], wanted[real], weight)
+            if keep:
+                features.append(read)
+        error = (check if step else fit).error(fit.solve(ridge)) if before else 0.0
+        if best is None or error < best[0]:
+            projection.weight.copy_((fit + check).solve(ridge))
+            state = {name: value.clone() for name, value in mixer.state_dict().items()} if before else {}
+            best = error, state, features
+    assert best is not None
+    if before:
+        mixer.load_state_dict(best[1])
+    return best[2]
+
+
+def _starts(layer: HyLoDecoderLayer, teacher_layer: torch.nn.Module, text: list[LayerText]) -> list[Callable[[], None]]:
+    """What a linear mixer may start as: its gates following attention, or its heads reading averages."""
+    return [partial(make, layer, teacher_layer, text) for make in (_solve_gates, _solve_averages)]
+
+
+def _solve_latents(mixer: MultiHeadLatentAttention, teacher_layer: torch.nn.Module, text: list[LayerText]) -> None:
+    """All of an MLA mixer but its output projection."""
     statistics = AttentionStatistics(AttentionWeights.of(mixer_of(teacher_layer)))
     norm = teacher_layer.get_submodule("input_layernorm")
-    for hidden, real, arguments, weight in text:
+    for hidden, real, arguments, weight, _ in text:
         if hidden.shape[1] == 1:
             statistics.add_alone(norm(hidden)[:, 0], weight)
         else:
@@ -208,17 +254,16 @@ def _solve_latents(
     ActivationDecomposition(statistics, mixer.geometry).apply_to(mixer)
 
 
-def _solve_gates(
-    layer: HyLoDecoderLayer,
-    teacher_layer: torch.nn.Module,
-    text: list[tuple[Tensor, Tensor, dict[str, Any], MixingContext]],
-) -> None:
-    """Output gate and value convolution of a linear mixer.
+def _solve_averages(layer: HyLoDecoderLayer, teacher_layer: torch.nn.Module, text: list[LayerText]) -> None:
+    """Values and output gate of a linear mixer."""
+    statistics = AverageStatistics(layer.mixer, AttentionWeights.of(mixer_of(teacher_layer)))
+    for hidden, real, _, weight, _ in text:
+        statistics.add(layer.input_layernorm(hidden)[real], weight)
+    statistics.apply()
 
-    Args:
-        text: the layer's input on the teacher, which tokens are real, what the teacher's layer is called with besides,
-            and the student's context, batch by batch.
-    """
+
+def _solve_gates(layer: HyLoDecoderLayer, teacher_layer: torch.nn.Module, text: list[LayerText]) -> None:
+    """Output gate and value convolution of a linear mixer."""
     mixer = layer.mixer
     weights = AttentionWeights.of(mixer_of(teacher_layer))
     norm = mixer.norm if isinstance(mixer, Mamba2) else mixer.get_submodule("o_norm")
@@ -226,12 +271,12 @@ def _solve_gates(
     if not mixer.config.qk_norm:
         # Whose norms the weights alone do not say.
         lags = LagStatistics(weights, conv_size(mixer))
-        for hidden, real, arguments, _ in text:
+        for hidden, real, arguments, _, _ in text:
             if hidden.shape[1] > 1:
                 lags.add(layer.input_layernorm(hidden), real, arguments["position_embeddings"])
         set_value_taps(mixer, lags)
     statistics = GateStatistics(mixer, weights)
-    for hidden, real, arguments, context in text:
+    for hidden, real, arguments, _, context in text:
         x = layer.input_layernorm(hidden)
         attended = _reaching(projection, partial(teacher_layer, hidden, **arguments))
         read = _reaching(norm, partial(mixer, x, **context.arguments(mixer), past_key_values=None))
