@@ -40,6 +40,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "whole": True,
         "calibrate": {"latents": True, "pairs": True, "gates": True},
     },
+    "latents, pairs, output, mlp": {"whole": True, "calibrate": {"latents": True, "pairs": True, "mlp": True}},
+    "latents, pairs, gates, output, mlp": {
+        "whole": True,
+        "calibrate": {"latents": True, "pairs": True, "gates": True, "mlp": True},
+    },
     "latents, pairs, gates, output sequential": {
         "whole": True,
         "calibrate": {"latents": True, "pairs": True, "gates": True, "sequential": True},

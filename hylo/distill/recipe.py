@@ -36,6 +36,7 @@ class CalibrationSection(Section):
         latents: make the queries, latents and rotary keys of MLA layers from the teacher's attention on that text.
         pairs: with `latents`, choose the rotary pairs of MLA layers by what they gain, in place of the geometry's.
         gates: set output gates and value convolutions of linear layers from it as well.
+        mlp: let the MLPs above make up for what new mixers lack.
     """
 
     tokens: Positive = 200_000
@@ -46,6 +47,7 @@ class CalibrationSection(Section):
     latents: bool = False
     pairs: bool = False
     gates: bool = False
+    mlp: bool = False
 
     @model_validator(mode="after")
     def _makes_anew(self) -> "CalibrationSection":

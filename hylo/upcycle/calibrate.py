@@ -18,7 +18,7 @@ With `latents`, what stands before the projection in MLA layers is made anew as 
 does on the text (`hylo.upcycle.initialise.activation`), before the projection is solved.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ from hylo.upcycle.initialise.activation import ActivationDecomposition
 from hylo.upcycle.initialise.averages import AverageStatistics
 from hylo.upcycle.initialise.gates import GateStatistics, conv_size, has_gates, set_value_taps
 from hylo.upcycle.pairs import pairs_by_gain, set_pairs
+from hylo.upcycle.repair import repair_mlp
 from hylo.upcycle.ridge import RidgeRegression
-from hylo.upcycle.trace import enter_layers, layers_of, mixer_of, step_layer
+from hylo.upcycle.trace import enter_layers, layers_of, mixer_of, reaching, step_layer
 
 # Of one layer and batch: its input on the teacher `[B, T, d]`, which tokens are real `[B, T]`, what the teacher's layer
 # is called with besides, how often the batch counts, and the student's context.
@@ -68,6 +69,7 @@ def calibrate_checkpoint(
     latents: bool = False,
     pairs: bool = False,
     gates: bool = False,
+    mlp: bool = False,
     save_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Calibrates a converted checkpoint against its base, and fills the folder `output` with the result.
@@ -76,7 +78,7 @@ def calibrate_checkpoint(
         checkpoint, base: model folders.
         windows: the text.
         dtype: of matrix products.
-        ridge, sequential, latents, pairs, gates: see `calibrate`. Raises as it does.
+        ridge, sequential, latents, pairs, gates, mlp: see `calibrate`. Raises as it does.
     """
     device = default_device()
     student = load_model(checkpoint, torch.float32).to(device)
@@ -87,7 +89,15 @@ def calibrate_checkpoint(
     ]
     with autocast(device, dtype):
         calibrate(
-            student, teacher, batches, ridge=ridge, sequential=sequential, latents=latents, pairs=pairs, gates=gates
+            student,
+            teacher,
+            batches,
+            ridge=ridge,
+            sequential=sequential,
+            latents=latents,
+            pairs=pairs,
+            gates=gates,
+            mlp=mlp,
         )
     save_checkpoint(student.to(save_dtype), output, base)
 
@@ -103,6 +113,7 @@ def calibrate(
     latents: bool = False,
     pairs: bool = False,
     gates: bool = False,
+    mlp: bool = False,
 ) -> None:
     """Solves the output projections of all layers whose mixer is not attention, in place.
 
@@ -115,6 +126,7 @@ def calibrate(
             them in the student's config.
         gates: set output gates and value convolutions of linear layers, from the teacher's attention on the text; those
             whose heads are not the teacher's stay as they are.
+        mlp: let the MLPs of those layers make up for what their mixers lack (`hylo.upcycle.repair`).
 
     Raises:
         HyLoError: where values are not finite, `latents` is asked of MLA layers that norm queries or keys, or `pairs`
@@ -156,6 +168,8 @@ def calibrate(
                 features = _solve_best(
                     layer, starts, inputs, [mixed for mixed, _ in steps], text, ridge, keep=sequential
                 )
+                if mlp:
+                    repair_mlp(layer, _added(layer, inputs, steps, text), ridge)
             elif sequential:
                 features = [_features(layer, x, context) for x, context in zip(inputs, contexts, strict=True)]
             if sequential:
@@ -236,6 +250,15 @@ def _solve_best(
     return best[2]
 
 
+def _added(
+    layer: HyLoDecoderLayer, inputs: list[Tensor], steps: list[tuple[Tensor, Tensor]], text: list[LayerText]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
+    """What `repair_mlp` reads."""
+    for x, (_, output), (hidden, real, _, weight, context) in zip(inputs, steps, text, strict=True):
+        mixed = layer.mixer.output_projection(_features(layer, x, context))
+        yield x, mixed, output - hidden, real, weight
+
+
 def _starts(layer: HyLoDecoderLayer, teacher_layer: torch.nn.Module, text: list[LayerText]) -> list[Callable[[], None]]:
     """What a linear mixer may start as: its gates following attention, or its heads reading averages."""
     return [partial(make, layer, teacher_layer, text) for make in (_solve_gates, _solve_averages)]
@@ -278,35 +301,13 @@ def _solve_gates(layer: HyLoDecoderLayer, teacher_layer: torch.nn.Module, text: 
     statistics = GateStatistics(mixer, weights)
     for hidden, real, arguments, _, context in text:
         x = layer.input_layernorm(hidden)
-        attended = _reaching(projection, partial(teacher_layer, hidden, **arguments))
-        read = _reaching(norm, partial(mixer, x, **context.arguments(mixer), past_key_values=None))
+        attended = reaching(projection, partial(teacher_layer, hidden, **arguments))
+        read = reaching(norm, partial(mixer, x, **context.arguments(mixer), past_key_values=None))
         statistics.add(x[real], attended[real].unflatten(-1, (len(weights.query), -1)), read[real])
     statistics.apply()
-
-
-class _ReachedError(Exception):
-    """Ends a mixer before one of its modules."""
 
 
 def _features(layer: HyLoDecoderLayer, hidden: Tensor, context: MixingContext) -> Tensor:
     """What the mixer hands to its output projection, `[B, T, F]`."""
     x, arguments = layer.input_layernorm(hidden), context.arguments(layer.mixer)
-    return _reaching(layer.mixer.output_projection, partial(layer.mixer, x, **arguments, past_key_values=None))
-
-
-def _reaching(module: torch.nn.Module, call: Callable[[], Any]) -> Tensor:
-    """The first argument that `module` is called with inside `call`, which goes no further."""
-    reached: list[Tensor] = []
-
-    def stop(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        reached.append(args[0])
-        raise _ReachedError
-
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        call()
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
-    return reached[0]
+    return reaching(layer.mixer.output_projection, partial(layer.mixer, x, **arguments, past_key_values=None))

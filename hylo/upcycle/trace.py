@@ -1,6 +1,6 @@
 """What passes through each layer of a teacher, and students fed with it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -132,3 +132,25 @@ def fed_with(model: PreTrainedModel, inputs: list[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _ReachedError(Exception):
+    """Ends a mixer before one of its modules."""
+
+
+def reaching(module: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """The first argument that `module` is called with inside `call`, which goes no further."""
+    reached: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        reached.append(args[0])
+        raise _ReachedError
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        call()
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+    return reached[0]

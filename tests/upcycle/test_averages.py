@@ -18,6 +18,7 @@ from hylo.upcycle.bases import load_model
 from hylo.upcycle.calibrate import calibrate
 from hylo.upcycle.initialise.averages import AverageStatistics
 from hylo.upcycle.initialise.gates import has_gates
+from hylo.upcycle.ridge import RidgeRegression
 
 Convert = Callable[..., tuple[Any, Path]]
 BLOCKS = ["GDN", "KDA", "M2"]
@@ -81,9 +82,9 @@ def test_a_first_token_reads_its_value(to_layout: Convert, teacher: LlamaForCaus
     plain = features(mixer_of(to_layout, block), x)[:, 0].flatten(1)
     errors = []
     for have in (read, plain):
-        have = have - have.mean(0)
-        solved = torch.linalg.lstsq(have, wanted - wanted.mean(0)).solution
-        errors.append(((have @ solved - wanted + wanted.mean(0)).square().sum() / wanted.square().sum()).item())
+        regression = RidgeRegression()
+        regression.add(have, wanted)
+        errors.append(regression.error(regression.solve(1e-6)))
     assert errors[0] < 0.7 * errors[1], errors
 
 
