@@ -41,9 +41,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "calibrate": {"latents": True, "pairs": True, "gates": True},
     },
     "latents, pairs, output, mlp": {"whole": True, "calibrate": {"latents": True, "pairs": True, "mlp": True}},
-    "latents, pairs, gates, output, mlp": {
+    "latents, pairs, gates, averages, output": {
         "whole": True,
-        "calibrate": {"latents": True, "pairs": True, "gates": True, "mlp": True},
+        "calibrate": {"latents": True, "pairs": True, "gates": True, "averages": True},
+    },
+    "latents, pairs, gates, averages, output, mlp": {
+        "whole": True,
+        "calibrate": {"latents": True, "pairs": True, "gates": True, "averages": True, "mlp": True},
     },
     "latents, pairs, gates, output sequential": {
         "whole": True,

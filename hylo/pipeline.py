@@ -195,6 +195,7 @@ class UpcycleRun:
             latents=section.latents,
             pairs=section.pairs,
             gates=section.gates,
+            averages=section.averages,
             mlp=section.mlp,
         )
         return {"tokens": windows.tokens}

@@ -36,6 +36,7 @@ class CalibrationSection(Section):
         latents: make the queries, latents and rotary keys of MLA layers from the teacher's attention on that text.
         pairs: with `latents`, choose the rotary pairs of MLA layers by what they gain, in place of the geometry's.
         gates: set output gates and value convolutions of linear layers from it as well.
+        averages: let heads of linear layers read averages, where that leaves a layer less error.
         mlp: let the MLPs above make up for what new mixers lack.
     """
 
@@ -47,6 +48,7 @@ class CalibrationSection(Section):
     latents: bool = False
     pairs: bool = False
     gates: bool = False
+    averages: bool = False
     mlp: bool = False
 
     @model_validator(mode="after")

@@ -69,6 +69,7 @@ def calibrate_checkpoint(
     latents: bool = False,
     pairs: bool = False,
     gates: bool = False,
+    averages: bool = False,
     mlp: bool = False,
     save_dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -78,7 +79,7 @@ def calibrate_checkpoint(
         checkpoint, base: model folders.
         windows: the text.
         dtype: of matrix products.
-        ridge, sequential, latents, pairs, gates, mlp: see `calibrate`. Raises as it does.
+        ridge, sequential, latents, pairs, gates, averages, mlp: see `calibrate`. Raises as it does.
     """
     device = default_device()
     student = load_model(checkpoint, torch.float32).to(device)
@@ -97,6 +98,7 @@ def calibrate_checkpoint(
             latents=latents,
             pairs=pairs,
             gates=gates,
+            averages=averages,
             mlp=mlp,
         )
     save_checkpoint(student.to(save_dtype), output, base)
@@ -113,6 +115,7 @@ def calibrate(
     latents: bool = False,
     pairs: bool = False,
     gates: bool = False,
+    averages: bool = False,
     mlp: bool = False,
 ) -> None:
     """Solves the output projections of all layers whose mixer is not attention, in place.
@@ -126,6 +129,8 @@ def calibrate(
             them in the student's config.
         gates: set output gates and value convolutions of linear layers, from the teacher's attention on the text; those
             whose heads are not the teacher's stay as they are.
+        averages: in place of that (or of the start as it is), let heads of linear layers read averages of values, where
+            that leaves a layer less error (`hylo.upcycle.initialise.averages`).
         mlp: let the MLPs of those layers make up for what their mixers lack (`hylo.upcycle.repair`).
 
     Raises:
@@ -163,8 +168,7 @@ def calibrate(
             steps = [step_layer(teacher_layer, hidden, shared) for hidden, _, shared, _, _ in text]
             inputs = student_hidden if sequential else teacher_hidden
             if solved:
-                # Without gates there is one start, the mixer as it is.
-                starts = _starts(layer, teacher_layer, text) if gates and has_gates(mixer) else [lambda: None]
+                starts = _starts(layer, teacher_layer, text, gates=gates, averages=averages)
                 features = _solve_best(
                     layer, starts, inputs, [mixed for mixed, _ in steps], text, ridge, keep=sequential
                 )
@@ -259,9 +263,18 @@ def _added(
         yield x, mixed, output - hidden, real, weight
 
 
-def _starts(layer: HyLoDecoderLayer, teacher_layer: torch.nn.Module, text: list[LayerText]) -> list[Callable[[], None]]:
-    """What a linear mixer may start as: its gates following attention, or its heads reading averages."""
-    return [partial(make, layer, teacher_layer, text) for make in (_solve_gates, _solve_averages)]
+def _as_it_is() -> None:
+    """The start of a mixer that is kept."""
+
+
+def _starts(
+    layer: HyLoDecoderLayer, teacher_layer: torch.nn.Module, text: list[LayerText], *, gates: bool, averages: bool
+) -> list[Callable[[], None]]:
+    """What a mixer may start as: as it is, or with its gates following attention; and with heads that read averages."""
+    if not has_gates(layer.mixer):
+        return [_as_it_is]
+    starts = [partial(_solve_gates, layer, teacher_layer, text) if gates else _as_it_is]
+    return starts + [partial(_solve_averages, layer, teacher_layer, text)] * averages
 
 
 def _solve_latents(mixer: MultiHeadLatentAttention, teacher_layer: torch.nn.Module, text: list[LayerText]) -> None:

@@ -110,7 +110,7 @@ def test_calibration_keeps_the_start_that_leaves_less(
 
     monkeypatch.setattr(calibration.RidgeRegression, "error", recorded)
     student = load_model(to_layout(f"4{block}")[1], torch.float32)
-    calibrate(student, teacher, text, sequential=False, gates=True)
+    calibrate(student, teacher, text, sequential=False, gates=True, averages=True)
     assert len(errors) == 8 and all(has_gates(layer.mixer) for layer in student.model.layers)
     for layer, (gates, averages) in enumerate(zip(errors[::2], errors[1::2], strict=True)):
         mixer = student.model.layers[layer].mixer
