@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hylo import HyLoConfig, HyLoForCausalLM
 from hylo.data.batches import PackedWindows, collate
 from hylo.data.mixture import Part, plan_windows
 from hylo.data.store import MemoryStore
 from hylo.data.windows import Windows
+from hylo.upcycle.activations import AttentionStatistics, AttentionWeights
 from hylo.upcycle.bases import Base
 from hylo.upcycle.convert import ConversionPlan, convert, plan_conversion
+from hylo.upcycle.trace import enter_layers, trace_layers
 
 VOCABULARY = 300
 SIZES: dict[str, Any] = {
@@ -185,3 +187,14 @@ def documents_of(batch: dict[str, Any]) -> list[dict[str, Tensor]]:
         {key: batch[key][:, begin:end] for key in ("input_ids", "labels")}
         for begin, end in pairwise(batch["cu_seqlens"].tolist())
     ]
+
+
+def statistics_of(teacher: LlamaForCausalLM, *batches: dict[str, Tensor], layer: int = 1) -> AttentionStatistics:
+    """What one layer's attention does on texts, `input_ids` and `attention_mask` each."""
+    module = teacher.model.layers[layer]
+    statistics = AttentionStatistics(AttentionWeights.of(module.self_attn))
+    for batch in batches:
+        inputs = module.input_layernorm(trace_layers(teacher, batch).inputs[layer])
+        positions = enter_layers(teacher, batch)[1]["position_embeddings"]
+        statistics.add(inputs, batch["attention_mask"].bool(), positions)
+    return statistics

@@ -15,7 +15,9 @@ a thousand, and each text has another. So tokens of the text are read alone as w
 F^T F and F^T A are all that the solution needs: they are summed in float64 over the text, batch by batch.
 
 With `latents`, what stands before the projection in MLA layers is made anew as well, from what the teacher's attention
-does on the text (`hylo.upcycle.initialise.activation`), before the projection is solved.
+does on the text (`hylo.upcycle.initialise.activation`), before the projection is solved. Linear layers may have their
+gates set (`gates`) or their heads read averages (`averages`): of several starts each layer keeps the one that leaves
+the least error. After it the MLP may make up for what is left (`mlp`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -232,7 +234,8 @@ def _solve_best(
     step = _CHECKED if before and len(text) >= 2 * _CHECKED else 0
     best: tuple[float, dict[str, Tensor], list[Tensor]] | None = None
     for start in starts:
-        mixer.load_state_dict(before or mixer.state_dict())
+        if before:
+            mixer.load_state_dict(before)
         start()
         fit, check = RidgeRegression(), RidgeRegression()
         features = []

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import convert_base, random_ids, write_base
+from tiny import convert_base, random_ids, statistics_of, write_base
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -15,8 +15,8 @@ from hylo.upcycle.activations import AttentionStatistics, AttentionWeights, LagS
 from hylo.upcycle.bases import Base, load_model
 from hylo.upcycle.calibrate import calibrate
 from hylo.upcycle.convert import plan_conversion
-from hylo.upcycle.initialise.activation import ActivationDecomposition, _root
-from hylo.upcycle.initialise.low_rank import low_rank
+from hylo.upcycle.initialise.activation import ActivationDecomposition
+from hylo.upcycle.initialise.low_rank import low_rank, symmetric_root
 from hylo.upcycle.trace import enter_layers, trace_layers
 
 SUMS = ("cost", "queries", "rotation", "keys", "read", "inputs")
@@ -25,16 +25,6 @@ ALL_ROTARY = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 0, "kv_lora_rank": 8, "
 
 def batch_of(rows: int, length: int = 24) -> dict[str, Tensor]:
     return {"input_ids": random_ids(rows, length), "attention_mask": torch.ones(rows, length).long()}
-
-
-def statistics_of(teacher: LlamaForCausalLM, *batches: dict[str, Tensor], layer: int = 1) -> AttentionStatistics:
-    module = teacher.model.layers[layer]
-    statistics = AttentionStatistics(AttentionWeights.of(module.self_attn))
-    for batch in batches:
-        inputs = module.input_layernorm(trace_layers(teacher, batch).inputs[layer])
-        positions = enter_layers(teacher, batch)[1]["position_embeddings"]
-        statistics.add(inputs, batch["attention_mask"].bool(), positions)
-    return statistics
 
 
 def test_streaming_equals_whole(teacher: LlamaForCausalLM) -> None:
@@ -91,7 +81,7 @@ def test_a_complex_factor_commutes_with_the_rotation() -> None:
 
 def test_whitened_low_rank_is_better_where_it_counts() -> None:
     rows, inputs = torch.randn(20, 12).double(), (torch.randn(500, 12) * torch.logspace(-1, 1, 12)).double()
-    root, inverse = _root(inputs.T @ inputs)
+    root, inverse = symmetric_root(inputs.T @ inputs)
     plain = torch.matmul(*low_rank(rows, 4))
     up, down = low_rank(rows @ root, 4)
 

@@ -4,18 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import convert_base, random_ids
+from tiny import convert_base, random_ids, statistics_of
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hylo import HyLoConfig, HyLoError
 from hylo.mixers.mla import MLAGeometry
-from hylo.upcycle.activations import AttentionStatistics, AttentionWeights
 from hylo.upcycle.bases import load_model
 from hylo.upcycle.calibrate import calibrate, calibrate_checkpoint
 from hylo.upcycle.initialise.activation import ActivationDecomposition
 from hylo.upcycle.pairs import pairs_by_gain
-from hylo.upcycle.trace import enter_layers, trace_layers
 
 SIZES = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "kv_lora_rank": 6, "rope_pairs": [2, 3]}
 GEOMETRY = MLAGeometry(6, 4, 4, 8, rope_pairs=(2, 3))
@@ -31,13 +29,7 @@ def test_chosen_are_those_that_gain_most(teacher: LlamaForCausalLM, layers: list
     batches = batches_of(3)
     gains = torch.zeros(4, dtype=torch.float64)
     for i in layers:
-        module = teacher.model.layers[i]
-        statistics = AttentionStatistics(AttentionWeights.of(module.self_attn))
-        for batch in batches:
-            inputs = module.input_layernorm(trace_layers(teacher, batch).inputs[i])
-            positions = enter_layers(teacher, batch)[1]["position_embeddings"]
-            statistics.add(inputs, batch["attention_mask"].bool(), positions)
-        gains += ActivationDecomposition(statistics, GEOMETRY).pair_gains
+        gains += ActivationDecomposition(statistics_of(teacher, *batches, layer=i), GEOMETRY).pair_gains
     assert pairs_by_gain(teacher, batches, GEOMETRY, layers) == sorted(gains.topk(2).indices.tolist())
 
 

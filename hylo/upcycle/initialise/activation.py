@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hylo.mixers.mla import MLAGeometry, MultiHeadLatentAttention
 from hylo.upcycle.activations import AttentionStatistics, as_complex, as_real
-from hylo.upcycle.initialise.low_rank import low_rank
+from hylo.upcycle.initialise.low_rank import low_rank, symmetric_root
 
 # How much the relative error of the scores counts beside that of the outputs, found by measurement.
 _KEY_WEIGHT = 8.0
@@ -131,8 +131,8 @@ class ActivationDecomposition:
         """The latent's rows, `[r, d]`."""
         metrics = self._by_group(self.weights.output_metric.double())
         values = self.weights.value.double()
-        keys = torch.cat([_root(a)[0] @ k for a, k in zip(self._rest_metric, self._rest_key, strict=True)])
-        reads = torch.cat([_root(a)[0] @ v for a, v in zip(metrics, values, strict=True)])
+        keys = torch.cat([symmetric_root(a)[0] @ k for a, k in zip(self._rest_metric, self._rest_key, strict=True)])
+        reads = torch.cat([symmetric_root(a)[0] @ v for a, v in zip(metrics, values, strict=True)])
         # Each of the two as a share of its own whole, whatever its units.
         whole_keys, whole_reads = (
             (rows @ moment * rows).sum() for rows, moment in ((keys, self._key_moment), (reads, self._read_moment))
@@ -143,7 +143,7 @@ class ActivationDecomposition:
             keys = torch.zeros_like(keys)
         # One metric of inputs for both: what keys are read with, and what values are read with.
         moments = (moment / moment.trace() for moment in (self._key_moment, self._read_moment))
-        root, inverse = _root(sum(moments, torch.zeros_like(self._key_moment)))
+        root, inverse = symmetric_root(sum(moments, torch.zeros_like(self._key_moment)))
         return low_rank(torch.cat([keys, reads]) @ root, self.geometry.kv_lora_rank)[1] @ inverse
 
     def _from_latent(self, rows: Tensor, moment: Tensor) -> Tensor:
@@ -155,10 +155,10 @@ class ActivationDecomposition:
     def _nope(self) -> tuple[Tensor, Tensor]:
         """Of each KV head, the best factors of its scores: queries' `[Hkv, nope, hd]` and keys' `[Hkv, nope, r]`."""
         latent, size = self._latent, self.geometry.qk_nope_head_dim
-        root, inverse = _root(latent @ self._key_moment @ latent.T)
+        root, inverse = symmetric_root(latent @ self._key_moment @ latent.T)
         ask, read = [], []
         for metric, rest in zip(self._rest_metric, self._rest_key, strict=True):
-            asked, unasked = _root(metric)
+            asked, unasked = symmetric_root(metric)
             scores = asked @ self._from_latent(rest, self._key_moment) @ root
             left, right = low_rank(scores, min(size, *scores.shape))
             missing = size - left.shape[1]
@@ -186,7 +186,7 @@ class ActivationDecomposition:
             last.weight.copy_(query[:, :-1])
         else:
             last = mixer.q_b_proj
-            root, inverse = _root(_floored(self.statistics.inputs))
+            root, inverse = symmetric_root(_floored(self.statistics.inputs))
             up, down = low_rank(query[:, :-1] @ root, mixer.geometry.q_lora_rank)
             last.weight.copy_(up)
             mixer.q_a_proj.weight.copy_(down @ inverse)
@@ -204,10 +204,3 @@ def _floored(moment: Tensor) -> Tensor:
     """Relative to its mean eigenvalue, which becomes about one; no direction without any weight."""
     moment = moment / moment.diagonal().mean().clamp_min(1e-30)
     return moment + _FLOOR * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-
-
-def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric root of a positive semidefinite matrix, and that root's inverse; tiny eigenvalues are lifted."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root = values.clamp_min(1e-10 * values[-1].clamp_min(1e-30)).sqrt()
-    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT

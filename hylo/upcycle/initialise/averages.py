@@ -17,17 +17,14 @@ from torch import Tensor
 
 from hylo.mixers.base import TokenMixer
 from hylo.mixers.delta import DeltaNet
-from hylo.mixers.gated_deltanet import GatedDeltaNet
-from hylo.mixers.kda import KimiDeltaAttention
 from hylo.mixers.mamba2 import Mamba2
 from hylo.upcycle.activations import AttentionWeights
-from hylo.upcycle.initialise.gates import has_gates
+from hylo.upcycle.initialise.gates import has_gates, hold_open
+from hylo.upcycle.initialise.low_rank import symmetric_root
 from hylo.upcycle.ridge import RidgeRegression
 
 # Of the constant before SiLU, against one for all other values of a head together, which SiLU halves.
 _CONSTANT = 2.0
-# What holds a gate open: SiLU(3) = 2.9, sigmoid(3) = 0.95.
-_OPEN = 3.0
 # Of the mean square of an input's value.
 _PENALTY = 1e-3
 
@@ -53,7 +50,7 @@ class AverageStatistics:
         values.copy_(self._values(constant, len(values) // self.weights.value.shape[1]))
         taps.zero_()
         taps[:, -1] = 1
-        _hold_open(mixer, constant)
+        hold_open(mixer, constant)
 
     def _values(self, constant: Tensor, heads: int) -> Tensor:
         """Rows of the values of `heads` heads, which share the KV heads in order, `[heads * hd, d]`."""
@@ -63,20 +60,13 @@ class AverageStatistics:
         sources = self.weights.value.double().repeat_interleave(heads // len(self.weights.value), 0)
         rows = []
         for metric, value in zip(metrics, sources, strict=True):
-            root = _root(metric)
-            reached = root @ value
+            reached = symmetric_root(metric)[0] @ value
             # In rising order: the least is left out.
             directions = torch.linalg.eigh(reached @ moment @ reached.T).eigenvectors[:, 1:].flip(1)
             rest = directions.T @ reached
             size = (rest @ moment * rest).sum().clamp_min(1e-30).sqrt()
             rows += [rest / size, _CONSTANT * constant[None]]
         return torch.cat(rows)
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """The symmetric root of a positive semidefinite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def _value_rows(mixer: TokenMixer) -> tuple[Tensor, Tensor]:
@@ -86,16 +76,3 @@ def _value_rows(mixer: TokenMixer) -> tuple[Tensor, Tensor]:
         return mixer.in_proj.weight[start : start + size], mixer.conv1d.weight[:size, 0]
     assert isinstance(mixer, DeltaNet)
     return mixer.v_proj.weight, mixer.v_conv1d.weight[:, 0]
-
-
-def _hold_open(mixer: TokenMixer, constant: Tensor) -> None:
-    if isinstance(mixer, GatedDeltaNet):
-        mixer.get_parameter("g_proj.weight").copy_(_OPEN * constant)
-    elif isinstance(mixer, KimiDeltaAttention):
-        mixer.get_parameter("g_proj.1.weight").zero_()
-        mixer.get_parameter("g_proj.1.bias").fill_(_OPEN)
-    elif isinstance(mixer, Mamba2):
-        gate = mixer.geometry.inner_size
-        mixer.in_proj.weight[:gate] = (_OPEN * constant).to(mixer.in_proj.weight.dtype)
-        if mixer.in_proj.bias is not None:
-            mixer.in_proj.bias[:gate] = 0

@@ -24,6 +24,8 @@ from hylo.upcycle.ridge import RidgeRegression
 
 # Of the mean square of an input's value.
 _PENALTY = 1e-2
+# What holds a gate open: SiLU(3) = 2.9, sigmoid(3) = 0.95.
+_OPEN = 3.0
 # Of a head's largest possible size: where it read next to nothing, no factor is asked of it.
 _FLOOR = 1e-2
 
@@ -106,11 +108,27 @@ class GateStatistics:
             up.zero_()
             up[:, : len(rows)] = heads.repeat_interleave(mixer.geometry.head_v_dim, 0).to(up.dtype)
             mixer.g_proj.get_parameter("1.bias").fill_(-2)
-        elif isinstance(mixer, Mamba2):
-            gate = mixer.geometry.inner_size
-            mixer.in_proj.weight[:gate] = (3 * rows[0]).to(mixer.in_proj.weight.dtype)
-            if mixer.in_proj.bias is not None:
-                mixer.in_proj.bias[:gate] = 0
+        else:
+            hold_open(mixer, rows[0])
+
+
+@torch.no_grad()
+def hold_open(mixer: TokenMixer, constant: Tensor) -> None:
+    """Lets all of a linear mixer's heads pass its output gate, whatever the input.
+
+    Args:
+        constant: u of u x ~ 1, x the layer's normed input, `[d]`.
+    """
+    if isinstance(mixer, GatedDeltaNet):
+        mixer.get_parameter("g_proj.weight").copy_(_OPEN * constant)
+    elif isinstance(mixer, KimiDeltaAttention):
+        mixer.get_parameter("g_proj.1.weight").zero_()
+        mixer.get_parameter("g_proj.1.bias").fill_(_OPEN)
+    elif isinstance(mixer, Mamba2):
+        gate = mixer.geometry.inner_size
+        mixer.in_proj.weight[:gate] = (_OPEN * constant).to(mixer.in_proj.weight.dtype)
+        if mixer.in_proj.bias is not None:
+            mixer.in_proj.bias[:gate] = 0
 
 
 @torch.no_grad()

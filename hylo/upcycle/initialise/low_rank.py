@@ -1,4 +1,4 @@
-"""The best low-rank factors of a matrix."""
+"""The best low-rank factors of a matrix, and the roots of metrics in which they are the best."""
 
 import torch
 from torch import Tensor
@@ -22,3 +22,10 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     # A direction without weight adds nothing, and would be divided by zero.
     inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
     return (up * root).to(matrix.dtype), (down * inverse[:, None]).to(matrix.dtype)
+
+
+def symmetric_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric root of a positive semidefinite matrix, and that root's inverse; tiny eigenvalues are lifted."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp_min(1e-10 * values[-1].clamp_min(1e-30)).sqrt()
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
