@@ -22,7 +22,7 @@ from hylo.ops.gated_norm import rms_norm
 from hylo.ops.kimi_delta_rule import kimi_delta_attention
 from hylo.ops.short_convolution import short_convolution
 from hylo.serve.linear import LinearLayer, by_kernels, last_inputs
-from hylo.serve.parameters import Weight, joined_parameter
+from hylo.serve.parameters import Weight, joined_parameter, spare_rows
 from hylo.serve.states import state_shapes
 from hylo.serve.weights import Place
 
@@ -67,15 +67,16 @@ class ServedDelta(LinearLayer):
     def _joined(self, vllm_config: "VllmConfig", sizes: list[int], prefix: str) -> MergedColumnParallelLinear:
         """One map for several of the checkpoint's, of which q's alone may have a bias."""
         config: HyLoConfig = vllm_config.model_config.hf_config
+        spare = spare_rows(sizes)
         joined = MergedColumnParallelLinear(
             config.hidden_size,
-            sizes,
+            [*sizes, spare] if spare else sizes,
             bias=config.attention_bias,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.in_proj",
         )
-        if joined.bias is not None:
-            joined.bias.data.zero_()
+        for parameter in joined.parameters():
+            parameter.data.zero_()
         return joined
 
     @property
@@ -157,7 +158,8 @@ class ServedGDN(ServedDelta):
     def forward(self, hidden_states: Tensor, angles: Any) -> Tensor:
         """`[T, D]` to `[T, D]`."""
         joined, _ = self.in_proj(hidden_states)
-        rows, gate = joined.split([self.convolved_size + 2 * self.num_heads, self.value_size], dim=-1)
+        begin = self.convolved_size + 2 * self.num_heads
+        rows, gate = joined[:, :begin], joined[:, begin : begin + self.value_size]
         return self.gated(self.mix(rows, self.value_size), gate)
 
     def gates(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,6 +204,7 @@ class ServedKDA(ServedDelta):
     def forward(self, hidden_states: Tensor, angles: Any) -> Tensor:
         """`[T, D]` to `[T, D]`."""
         joined, _ = self.in_proj(hidden_states)
+        joined = joined[:, : self.convolved_size + self.num_heads]
         decays, _ = self.f_proj_1(self.f_proj_0(hidden_states)[0])
         gate, _ = self.g_proj_1(self.g_proj_0(hidden_states)[0])
         return self.gated(self.mix(torch.cat([joined, decays], dim=-1), self.value_size), gate)

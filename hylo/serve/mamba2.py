@@ -18,7 +18,7 @@ from hylo.ops.short_convolution import short_convolution
 from hylo.serve.architecture import MAMBA2_CHUNK
 from hylo.serve.linear import LinearLayer, by_kernels, last_inputs
 from hylo.serve.metadata import ChunkedBackend
-from hylo.serve.parameters import Weight, joined_parameter
+from hylo.serve.parameters import Weight, joined_parameter, spare_rows
 from hylo.serve.states import state_shapes
 from hylo.serve.weights import Place
 
@@ -42,13 +42,16 @@ class ServedMamba2(LinearLayer):
         self.inner_size, self.group_size = geometry.inner_size // ranks, geometry.group_size // ranks
         convolved = (geometry.group_size, geometry.group_size, geometry.inner_size)
         rows = (geometry.inner_size, *convolved, geometry.num_heads)
+        spare = spare_rows(rows)
         self.in_proj = MergedColumnParallelLinear(
             config.hidden_size,
-            list(rows),
+            [*rows, spare] if spare else list(rows),
             bias=config.attention_bias,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.in_proj",
         )
+        for parameter in self.in_proj.parameters():
+            parameter.data.zero_()
         self.conv_weight = joined_parameter(convolved, geometry.conv_size)
         self.conv_bias = joined_parameter(convolved)
         self.A_log = joined_parameter([geometry.num_heads], dtype=torch.float32)
@@ -75,6 +78,7 @@ class ServedMamba2(LinearLayer):
     def forward(self, hidden_states: Tensor, angles: Any) -> Tensor:
         """`[T, D]` to `[T, D]`."""
         joined, _ = self.in_proj(hidden_states)
+        joined = joined[:, : self.inner_size + self.convolved_size + self.num_heads]
         z, rows = joined.split([self.inner_size, self.convolved_size + self.num_heads], dim=-1)
         y = self.mix(rows, self.inner_size)
         gated = (y.float() * functional.silu(z.float())).unflatten(-1, (self.num_heads, -1))

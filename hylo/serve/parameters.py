@@ -16,6 +16,16 @@ class Weight(nn.Module):
         self.weight = weight
 
 
+# Rows of a joined map come in multiples of this: what is no multiple of eight falls back to kernels of half the speed.
+ROWS = 64
+
+
+def spare_rows(sizes: Sequence[int]) -> int:
+    """Rows over all ranks that fill each rank's part of these maps up to whole tiles; their outputs mean nothing."""
+    ranks = get_tensor_model_parallel_world_size()
+    return -sum(size // ranks for size in sizes) % ROWS * ranks
+
+
 def joined_parameter(sizes: Sequence[int], *tail: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     """Several tensors below one another, of each this rank's part.
 

@@ -89,6 +89,31 @@ def test_latents_are_gathered(size: int) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("heads", "rank", "rope", "page"), [(24, 128, 64, 48), (9, 64, 32, 224), (40, 256, 64, 16), (3, 8, 6, 16)]
+)
+@pytest.mark.parametrize("splits", [1, 4, 256])
+def test_latents_are_attended_to(heads: int, rank: int, rope: int, page: int, splits: int) -> None:
+    """Requests of one token and of many, more pieces than tokens, a row that fills up the batch."""
+    from hylo.serve.gpu import latent_decode
+
+    size, lengths = rank + rope, torch.tensor([1, 70, 500, 0], dtype=torch.int32, device=DEVICE)
+    most = -(-500 // page)
+    pages = torch.randperm(4 * most, device=DEVICE).view(4, most).int()
+    cache = drawn(4 * most, page * size + 64)[:, : page * size].unflatten(1, (page, size))
+    query = drawn(4, heads, size)
+    parts, whole = (torch.zeros(4, heads, n, rank + 1, device=DEVICE) for n in (splits, 1))
+    latent_decode.attend_pieces(query, cache, pages, lengths, parts, size**-0.5)
+    expected = torch.zeros_like(parts)
+    latent_decode.attend_pieces_reference(query, cache, pages, lengths, expected, size**-0.5)
+    same(parts, expected)
+    latent_decode.attend_pieces_reference(query, cache, pages, lengths, whole, size**-0.5)
+    out, lse = drawn(4, heads, rank), drawn(4, heads)
+    latent_decode.join_pieces(parts, lengths, out, lse)
+    same(out, whole[:, :, 0, :rank])
+    same(lse[:3], whole[:3, :, 0, rank])
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_convolution(biased: bool) -> None:
     from hylo.serve.gpu import delta

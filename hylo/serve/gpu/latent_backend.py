@@ -1,10 +1,11 @@
 """Attention over latents on vLLM's Triton MLA backend, with what it lacks for small latents and grouped KV heads.
 
-Decoding is vLLM's: one latent a token, read by all heads. What differs:
+Decoding reads one latent a token for all heads. What differs:
 - metadata take any size of latent;
 - prompts are expanded to the base's KV heads, not to one a query head, and attended to by FlashAttention as any grouped
   attention is; cached tokens are gathered by our own kernel;
-- decoding cuts the past into as many pieces as fill the GPU at the batch's size, not at a batch of one.
+- decoding cuts the past into as many pieces as fill the GPU at the batch's size, not at a batch of one, and attends to
+  each, and joins them, by our own kernels.
 """
 
 from dataclasses import dataclass
@@ -20,18 +21,16 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
 from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend, TritonMLAImpl, TritonMLAMetadataBuilder
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
 from vllm.v1.attention.ops.triton_merge_attn_states import mask_empty_context
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from hylo.serve.gpu.gather import gather_latents
+from hylo.serve.gpu.latent_decode import HEADS_A_PROGRAM, attend_pieces, join_pieces
 
 # Cached tokens that are expanded to keys and values at a time.
 CONTEXT_TOKENS = 65536
 # A piece of the past that is worth a program of its own.
 LEAST_SPLIT = 512
-# Query heads that one program of vLLM's decoding kernel reads a latent for.
-HEADS_A_PROGRAM = 16
 
 
 def register_prefill() -> None:
@@ -205,31 +204,17 @@ class LatentImpl(TritonMLAImpl):
         """One token of each request: `[B, H, r]`, before `W_v`, and log-sum-exps `[B, H]`."""
         query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
         batch, heads, _ = query.shape
-        out = query.new_zeros(batch, heads, self.kv_lora_rank)
-        lse = query.new_zeros(batch, heads)
+        out = query.new_empty(batch, heads, self.kv_lora_rank)
+        lse = query.new_empty(batch, heads)
         splits = decode_splits(batch, heads, attn_metadata.max_seq_len, self._sm_count)
         shape = (batch, heads, splits, self.kv_lora_rank + 1)
         if is_workspace_manager_initialized():
             (parts,) = current_workspace_manager().get_simultaneous((shape, torch.float32))
         else:
             parts = torch.empty(shape, dtype=torch.float32, device=query.device)
-        cache = kv_c_and_k_pe_cache.unsqueeze(2)
-        decode_attention_fwd(
-            query,
-            cache,
-            cache[..., : self.kv_lora_rank],
-            out,
-            lse,
-            attn_metadata.decode.block_table,
-            attn_metadata.decode.seq_lens,
-            parts,
-            splits,
-            self.scale,
-            cache.shape[1],
-            k_scale=layer._k_scale,
-            v_scale=layer._k_scale,
-            is_mla=True,
-        )
+        decoded = attn_metadata.decode
+        attend_pieces(query, kv_c_and_k_pe_cache, decoded.block_table, decoded.seq_lens, parts, self.scale)
+        join_pieces(parts, decoded.seq_lens, out, lse)
         return out, lse
 
 
