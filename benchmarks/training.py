@@ -167,6 +167,8 @@ def main() -> None:
         "fill": round(data.fill, 4),
         "tokens_per_s": round(statistics.median(rates), 1),
         "tokens_per_s_each": rates,
+        # The same windows on any number of GPUs.
+        "loss_each": [log["loss"] for log in logs],
         "memory_bytes": logs[-1]["memory_bytes"],
         "planned_memory": planned,
         "memory_over_plan": round(logs[-1]["memory_bytes"] / sum(planned.values()), 4),

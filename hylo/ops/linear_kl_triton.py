@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 # Words at a time, warps of a program, and reads in flight.
-BLOCK, WARPS, STAGES = 4096, 16, 3
+BLOCK, WARPS, STAGES = 2048, 8, 3
 
 _LN_2: tl.constexpr = tl.constexpr(math.log(2))
 # Below any logit, and finite: minus infinity less itself would not be a number.
@@ -100,7 +100,13 @@ def _kernel(  # type: ignore[no-untyped-def]
         divergence += tl.where(counted, p * (p_log - q_log), 0.0)
         if GRADIENT:
             gradient = tl.exp2(q_log) - target
-            tl.store(student + start + lanes, gradient.to(student.dtype.element_ty), mask=inside)
+            # Not read again soon: it leaves the cache first.
+            tl.store(
+                student + start + lanes,
+                gradient.to(student.dtype.element_ty),
+                mask=inside,
+                eviction_policy="evict_first",
+            )
     total = tl.sum(divergence, 0)
     if TOP_K:
         total += tl.where(p_rest_share > 0, p_rest_share * (p_rest_log - (q_rest_sum - q_sum)), 0.0)
