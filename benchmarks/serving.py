@@ -429,6 +429,9 @@ def verdicts(measured: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
         at_least(
             "cache tokens, times the base's", measured["model"]["cache_tokens"] / measured["base"]["cache_tokens"], 40
         )
+        held = [measured[role].get("cache_tokens_by_request", {}).get(str(2**20)) for role in ("model", "base")]
+        if all(held):
+            at_least("cache tokens in requests of 1M, times the base's", held[0] / held[1], 40)
     if short in ours and long in ours:
         at_most("TPOT at 64K, times that at 8K", ours[long]["tpot_ms"] / ours[short]["tpot_ms"], 1.1)
     if short in ours and longest in ours:

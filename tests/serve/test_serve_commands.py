@@ -78,6 +78,9 @@ def test_bench_measures_both(mixed_folder: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     for role in ("model", "base"):
         assert found[role]["cache_tokens"] > 1000
+        by_request = list(found[role]["cache_tokens_by_request"].values())
+        # States weigh less on longer requests; a base has none.
+        assert by_request[0] < by_request[-1] if role == "model" else by_request[0] == by_request[-1]
         for row in found[role]["contexts"]:
             assert row["ttft_s"] > 0 and row["tpot_ms"] > 0
         assert found[role]["load"]["output_tokens_per_s"] > 0

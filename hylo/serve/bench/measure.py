@@ -103,18 +103,41 @@ def _engine(plan: Plan) -> Any:
     return LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
 
 
-def capacity(engine: Any) -> dict[str, Any]:
-    """How many tokens the cache holds, in requests of the longest length."""
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+# Requests of these lengths are counted, whether or not prompts as long are read.
+REQUESTS = (8192, 65536, 262144, 1048576, 2097152)
 
+
+def capacity(engine: Any) -> dict[str, Any]:
+    """How many tokens the cache holds, in requests of the longest length and of others.
+
+    A hybrid's requests hold states beside their tokens: the longer they are, the more tokens fit.
+    """
     held = engine.engine_core.engine_core.scheduler.kv_cache_config
-    tokens, requests = get_kv_cache_capacity(engine.vllm_config, held)
+    longest = engine.vllm_config.model_config.max_model_len
+    requests = requests_held(engine, longest)
     return {
-        "cache_tokens": tokens,
+        "cache_tokens": int(requests * longest),
         "cache_requests": round(requests, 2),
         "cache_bytes": sum(tensor.size for tensor in held.kv_cache_tensors),
-        "longest_request_tokens": engine.vllm_config.model_config.max_model_len,
+        "longest_request_tokens": longest,
+        "cache_tokens_by_request": {str(length): int(requests_held(engine, length) * length) for length in REQUESTS},
     }
+
+
+def requests_held(engine: Any, length: int) -> float:
+    """Requests of `length` tokens that the cache holds at a time, by vLLM's own count."""
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+
+    config = engine.vllm_config.model_config
+    longest = config.max_model_len
+    try:
+        config.max_model_len = length
+        _, requests = get_kv_cache_capacity(
+            engine.vllm_config, engine.engine_core.engine_core.scheduler.kv_cache_config
+        )
+    finally:
+        config.max_model_len = longest
+    return float(requests)
 
 
 def _prompt(tokens: int, vocabulary: int, seed: int = 0) -> list[int]:
@@ -164,7 +187,7 @@ def _under_load(engine: Any, plan: Plan, longest: int, vocabulary: int) -> dict[
     row: dict[str, Any] = {"context": plan.load_context, "answer": plan.load_answer}
     if size > longest:
         return row | {"failed": f"does not fit: the cache holds requests of {longest:,} tokens"}
-    at_once = max(1, min(plan.requests, int(capacity(engine)["cache_tokens"] // size)))
+    at_once = max(1, min(plan.requests, int(requests_held(engine, size))))
     count = max(1, round(at_once * plan.load_waves))
     prompts = [_prompt(plan.load_context, vocabulary, seed) for seed in range(1, count + 1)]
     seconds, _ = _run(engine, prompts, plan.load_answer)
