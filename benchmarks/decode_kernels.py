@@ -7,6 +7,7 @@ bytes a second of what must be read (and of a state, written) at the least. `--s
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
 
+from hylo.serve.gpu import delta as rule
 from hylo.serve.gpu import latent_decode
-from hylo.serve.gpu.delta import decode
 from hylo.serve.gpu.latent_backend import decode_splits
 
 HEADS, RANK, ROPE, PAGE = 24, 128, 64, 12624
@@ -96,7 +97,7 @@ def latents(batch: int, context: int, longest: int, shapes: bool) -> dict[str, A
     return row
 
 
-def delta(batch: int) -> dict[str, Any]:
+def delta(batch: int, shapes: bool) -> dict[str, Any]:
     make: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     state = torch.zeros(batch + 1, DELTA_HEADS, VALUE, KEY, device="cuda")
     slots = torch.arange(1, batch + 1, dtype=torch.int32, device="cuda")
@@ -104,9 +105,19 @@ def delta(batch: int) -> dict[str, Any]:
     v = torch.randn(batch, DELTA_HEADS, VALUE, **make)
     decays, b = (torch.randn(batch, DELTA_HEADS, **make) for _ in range(2))
     A_log, dt_bias = torch.zeros(DELTA_HEADS, device="cuda"), torch.zeros(DELTA_HEADS, device="cuda")
-    us = microseconds(lambda: decode(q, k, v, decays, b, A_log, dt_bias, state, slots))
-    moved = 2 * state[1:].nbytes
-    return {"batch": batch, "us": round(us, 1), "gb_per_s": round(moved / us / 1e3)}
+
+    def work() -> None:
+        rule.decode(q, k, v, decays, b, A_log, dt_bias, state, slots)
+
+    row = {"batch": batch, "us": round(microseconds(work), 1)}
+    row["gb_per_s"] = round(2 * state[1:].nbytes / row["us"] / 1e3)
+    if shapes:
+        own = rule.VALUES, rule.WARPS
+        for shape in itertools.product((8, 16, 32, 64), (1, 2, 4, 8)):
+            rule.VALUES, rule.WARPS = shape
+            row[" ".join(map(str, shape))] = round(microseconds(work), 1)
+        rule.VALUES, rule.WARPS = own
+    return row
 
 
 def main() -> None:
@@ -122,7 +133,7 @@ def main() -> None:
         print(result["latents"][-1], flush=True)
         torch.cuda.empty_cache()
     for batch in (1, 16, 128):
-        result["delta"].append(delta(batch))
+        result["delta"].append(delta(batch, arguments.shapes))
         print(result["delta"][-1], flush=True)
     write_result(arguments.output / f"{arguments.name}.json", result)
 

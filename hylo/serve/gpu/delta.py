@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule, fused_sigmoid_gating_delta_rule_update
+from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
+from vllm.third_party.flash_linear_attention.ops.fused_sigmoid_gating import (
+    fused_sigmoid_gating_delta_rule_update_kernel as delta_rule_of_one_token,
+)
 from vllm.third_party.flash_linear_attention.ops.kda import chunk_kda_with_fused_gate
+from vllm.triton_utils import triton
 from vllm.triton_utils.allocation import set_triton_allocator
+
+# Of one token of a request: value channels and warps of a program.
+VALUES, WARPS = 32, 4
 
 
 def one_prompt(tokens: int, device: torch.device, chunk: int = 64) -> Any:
@@ -80,7 +87,7 @@ def decode(
     state: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    """One token of each request, `[B, H, K or V]`; moves `state` on.
+    """One token of each request, `[B, H, K or V]`, contiguous; moves `state` on.
 
     Args:
         decays: `[B, H]`, or `[B, H, K]` for one a key channel.
@@ -89,25 +96,51 @@ def decode(
     Returns:
         `[B, H, V]`.
     """
+    batch, heads, key_size = q.shape
+    value_size = v.shape[-1]
     # One batch of B sequences of one token, as vLLM's own layers call it: the kernel is compiled anew for each size of
     # batch, and not for each number of sequences.
-    offsets = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
-    out, _ = fused_sigmoid_gating_delta_rule_update(
+    offsets = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    out = torch.empty_like(v)
+    values = min(VALUES, triton.next_power_of_2(value_size))
+    delta_rule_of_one_token[(1, triton.cdiv(value_size, values), batch * heads)](
         A_log=A_log,
-        a=decays[None],
-        b=b[None],
+        a=decays.contiguous(),
+        b=b.contiguous(),
         dt_bias=dt_bias,
-        q=q[None],
-        k=k[None],
-        v=v[None],
-        initial_state=state,
-        inplace_final_state=True,
+        # Of softplus.
+        beta=1.0,
+        threshold=20.0,
+        q=q,
+        k=k,
+        v=v,
+        o=out,
+        h0=state,
+        ht=state,
         cu_seqlens=offsets,
         ssm_state_indices=slots,
-        use_qk_l2norm_in_kernel=True,
-        is_kda=decays.dim() == 3,
+        num_accepted_tokens=None,
+        scale=key_size**-0.5,
+        N=batch,
+        T=batch,
+        B=1,
+        H=heads,
+        HV=heads,
+        K=key_size,
+        V=value_size,
+        BK=triton.next_power_of_2(key_size),
+        BV=values,
+        stride_init_state_token=state.stride(0),
+        stride_final_state_token=state.stride(0),
+        stride_indices_seq=slots.stride(0),
+        stride_indices_tok=1,
+        INPLACE_FINAL_STATE=True,
+        USE_QK_L2NORM_IN_KERNEL=True,
+        IS_KDA=decays.dim() == 3,
+        num_warps=WARPS,
+        num_stages=3,
     )
-    return out[0]
+    return out
 
 
 def prefill(
