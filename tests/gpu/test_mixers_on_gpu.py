@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny import random_hybrid, random_ids
 
+from hylo.ops.kernels import kernels
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and HYLO_TEST_GPU=1")
 
 # Heads as in test_ops_on_gpu.py, so that kernels are tuned once.
