@@ -327,7 +327,13 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
             length = input_ids.shape[1]
             new_tokens = setting("max_new_tokens") or max(0, (setting("max_length") or 0) - length)
             # The last new token is not read again.
-            kwargs["past_key_values"] = make_cache(self.config, reserve=length + max(0, new_tokens - 1))
+            cache = make_cache(self.config, reserve=length + max(0, new_tokens - 1))
+            if setting("is_assistant"):
+                if self._is_stateful:
+                    raise ValueError("assisted generation: a state cannot be taken back; the draft has linear layers")
+                # Guesses will be taken back, from windows too.
+                cache.activate_past_recording()
+            kwargs["past_key_values"] = cache
             if setting("prefill_chunk_size") is None and "prefill_chunk_size" not in kwargs and length > PREFILL_CHUNK:
                 kwargs["prefill_chunk_size"] = PREFILL_CHUNK
         return super().generate(inputs, generation_config=generation_config, **kwargs)
