@@ -68,6 +68,21 @@ def test_long_prompts_are_read_in_chunks_unless_told_otherwise(monkeypatch: pyte
     assert read == [8, *[1] * 5]
 
 
+def test_embeddings_are_continued_as_their_tokens_are(model: HyLoForCausalLM) -> None:
+    ids, options = random_ids(2, 9), GREEDY | {"return_dict_in_generate": True}
+    out = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
+    assert torch.equal(out.sequences, model.generate(ids, **options).sequences[:, 9:])
+    assert type(out.past_key_values) is HyLoCache
+    for layer in reserved_layers(out.past_key_values):
+        assert layer._storage[0].shape[-2] == 9 + 6 - 1
+
+
+def test_generation_without_a_prompt(model: HyLoForCausalLM) -> None:
+    """It begins with the first token of a text."""
+    bos = torch.tensor([[model.config.bos_token_id]])
+    assert torch.equal(model.generate(**GREEDY), model.generate(bos, **GREEDY))
+
+
 def test_decoding_reads_latents_alone() -> None:
     """One more cached token costs its products with the latent, and no expansion to keys and values of all heads."""
     sizes = {"kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
