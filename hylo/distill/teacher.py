@@ -51,12 +51,15 @@ def check_head(model: PreTrainedModel) -> None:
     """
     if isinstance(model, HyLoForCausalLM):
         return
-    head = model.get_output_embeddings()
-    if head is None:
-        raise HyLoError(f"a teacher of the {model.config.model_type!r} family has no head that KL could be taken from")
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    if head is None or decoder is model:
+        raise HyLoError(
+            f"a teacher of the {model.config.model_type!r} family cannot be distilled from: it does not tell its "
+            "decoder and its head apart"
+        )
     ids = torch.linspace(0, head.weight.shape[0] - 1, _TOLD_BY, device=model.device).long()[None]
     # Of the same pass: experts and atomic sums may round otherwise in another.
-    decoder, final = model.get_decoder(), []
+    final: list[Tensor] = []
     handle = decoder.register_forward_hook(lambda _, __, output: final.append(output.last_hidden_state))
     try:
         logits = model(input_ids=ids, use_cache=False).logits
