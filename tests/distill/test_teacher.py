@@ -45,6 +45,14 @@ def test_a_head_that_does_more_is_refused(student: HyLoForCausalLM, tmp_path: Pa
     assert "\n" not in str(error.value)
 
 
+def test_a_cap_that_bfloat16_rounds_away_is_refused(tmp_path: Path) -> None:
+    """On a few tokens; others would be capped all the same."""
+    sizes, named = OTHERS["gemma2"]
+    with pytest.raises(HyLoError, match=named):
+        check_head(made(tmp_path, "gemma2", torch.bfloat16, **sizes))
+    check_head(made(tmp_path, "gemma2", torch.bfloat16, **sizes | {"final_logit_softcapping": None}))
+
+
 def test_a_decoder_that_is_not_told_apart_is_refused(tmp_path: Path) -> None:
     """transformers takes this family's model for its own decoder."""
     teacher = made(tmp_path, "llama4_text", torch.float32)
