@@ -313,8 +313,10 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As transformers' own, with a cache that has room for all new tokens, and prompts longer than
-        `prefill_chunk_size` (8,192 by default; None for the whole prompt at once) read in chunks."""
+        `prefill_chunk_size` (8,192 by default; None for the whole prompt at once) read in chunks. `inputs_embeds` are
+        read at once."""
         input_ids: Tensor | None = inputs if inputs is not None else kwargs.get("input_ids")
+        prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         settings = generation_config if generation_config is not None else self.generation_config
 
         def setting(name: str) -> Any:
@@ -323,12 +325,20 @@ class HyLoForCausalLM(HyLoPreTrainedModel, GenerationMixin):
         if setting("cache_implementation") is not None:
             raise ValueError("cache_implementation: a hybrid has a cache of its own; leave it out")
         own_cache = setting("use_cache") is not False and kwargs.get("past_key_values") is None
-        if own_cache and input_ids is not None:
-            length = input_ids.shape[1]
+        if own_cache:
+            # Without a prompt, generation begins with one token.
+            length = 1 if prompt is None else prompt.shape[1]
             new_tokens = setting("max_new_tokens") or max(0, (setting("max_length") or 0) - length)
             # The last new token is not read again.
-            kwargs["past_key_values"] = make_cache(self.config, reserve=length + max(0, new_tokens - 1))
-            if setting("prefill_chunk_size") is None and "prefill_chunk_size" not in kwargs and length > PREFILL_CHUNK:
+            cache = make_cache(self.config, reserve=length + max(0, new_tokens - 1))
+            if setting("is_assistant"):
+                if self._is_stateful:
+                    raise ValueError("assisted generation: a state cannot be taken back; the draft has linear layers")
+                # Guesses will be taken back, from windows too.
+                cache.activate_past_recording()
+            kwargs["past_key_values"] = cache
+            told = "prefill_chunk_size" in kwargs or setting("prefill_chunk_size") is not None
+            if input_ids is not None and not told and length > PREFILL_CHUNK:
                 kwargs["prefill_chunk_size"] = PREFILL_CHUNK
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 

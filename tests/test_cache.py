@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from differentiate import with_gradients
 from tiny import HYBRIDS, random_hybrid, random_ids
 from torch import Tensor
@@ -65,6 +66,21 @@ def test_long_prompts_are_read_in_chunks_unless_told_otherwise(monkeypatch: pyte
     read.clear()
     model.generate(ids[:, :8], **GREEDY)
     assert read == [8, *[1] * 5]
+
+
+def test_embeddings_are_continued_as_their_tokens_are(model: HyLoForCausalLM) -> None:
+    ids, options = random_ids(2, 9), GREEDY | {"return_dict_in_generate": True}
+    out = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
+    assert torch.equal(out.sequences, model.generate(ids, **options).sequences[:, 9:])
+    assert type(out.past_key_values) is HyLoCache
+    for layer in reserved_layers(out.past_key_values):
+        assert layer._storage[0].shape[-2] == 9 + 6 - 1
+
+
+def test_generation_without_a_prompt(model: HyLoForCausalLM) -> None:
+    """It begins with the first token of a text."""
+    bos = torch.tensor([[model.config.bos_token_id]])
+    assert torch.equal(model.generate(**GREEDY), model.generate(bos, **GREEDY))
 
 
 def test_decoding_reads_latents_alone() -> None:
@@ -224,6 +240,28 @@ def test_generation_from_guesses_is_refused_where_a_state_cannot_be_taken_back()
     model = random_hybrid(["mla"])
     guessed = model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=8, do_sample=False)
     assert torch.equal(guessed, model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("5.17."), reason="its windows hold one guess at a time")
+@pytest.mark.parametrize("mixers", [["attention", "attention"], ["mla", "attention"]])
+def test_a_hybrid_with_windows_drafts_for_another(mixers: list[str]) -> None:
+    """Guesses of the model itself are all taken, past a window's length too: none is made from a wrong past."""
+    target, draft = (random_hybrid(mixers, sliding_window=4, sliding_layers=[1]) for _ in range(2))
+    ids, options = random_ids(1, 20), GREEDY | {"max_new_tokens": 12}
+    expected = target.generate(ids, **options)
+    # So many guesses at a time, however sure it is of them.
+    settings = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"}
+    draft.generation_config.update(**settings, assistant_confidence_threshold=0.0)
+    calls: list[int] = []
+    target.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(target.generate(ids, **options, assistant_model=draft), expected)
+    assert len(calls) == 12 // (3 + 1)
+
+
+def test_a_draft_whose_state_cannot_be_taken_back_is_refused() -> None:
+    target, draft = random_hybrid(["mla"]), random_hybrid(["gdn", "attention"])
+    with pytest.raises(ValueError, match="the draft has linear layers"):
+        target.generate(random_ids(1, 12), assistant_model=draft, max_new_tokens=4)
 
 
 def test_a_cache_of_another_kind_is_refused() -> None:

@@ -43,6 +43,11 @@ class StageTrainer(Trainer):
     def sharded(self) -> bool:
         return parallel.world_size() > 1
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        # Trainer tells by names, among which decays and skips of linear mixers are not.
+        matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Trainer counts them wherever a model takes losses, as the student does.

@@ -16,7 +16,7 @@ from hylo.config import HyLoConfig
 from hylo.distill.recipe import StageSection
 from hylo.mixers.mla import MLAGeometry
 from hylo.modeling import HyLoForCausalLM
-from hylo.upcycle.families import head_dim
+from hylo.upcycle.families import FAMILIES, head_dim
 from hylo.upcycle.trace import layers_of
 
 # Dense bfloat16 products accumulated in float32, TFLOP/s, from the makers' data sheets; the first that matches.
@@ -67,13 +67,19 @@ def flops_per_token(
         total += matrices + attention
         if reached:
             total += matrices + 2.0 * trained + 2.0 * attention
-    total += sum(
-        2.0 * _size(layer) + attention_flops(teacher.config, i, length) for i, layer in enumerate(layers_of(teacher))
-    )
     if not layerwise:
         head = student.get_output_embeddings()
-        total += 4.0 * _size(head) + 2.0 * _trained(head) + 2.0 * _size(teacher.get_output_embeddings())
-    return total
+        total += 4.0 * _size(head) + 2.0 * _trained(head)
+    return total + _teacher_flops(teacher, length, with_head=not layerwise)
+
+
+def _teacher_flops(teacher: PreTrainedModel, length: float, with_head: bool) -> float:
+    """Of its forward pass, for each token. What other families are made of is not known: their parameters count."""
+    if not isinstance(teacher, HyLoForCausalLM) and teacher.config.model_type not in FAMILIES:
+        return 2.0 * _size(teacher)
+    layers = enumerate(layers_of(teacher))
+    total = sum(2.0 * _size(layer) + attention_flops(teacher.config, i, length) for i, layer in layers)
+    return total + 2.0 * _size(teacher.get_output_embeddings()) * with_head
 
 
 def attention_flops(config: PreTrainedConfig, layer: int, length: float) -> float:

@@ -47,11 +47,13 @@ def has_shards(folder: Path) -> bool:
 
 
 def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Every rank has to call."""
+    """Every rank has to call. An optimizer that has made no step yet is left out."""
     with _as_one_error(folder):
         dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=str(folder / _MODEL))
-        state = get_optimizer_state_dict(model, _plain(optimizer))
-        dcp.save({"optimizer": state}, checkpoint_id=str(folder / _OPTIMIZER))
+        # Asked for the state of an optimizer that has none, torch has it make a step, which would count.
+        if _plain(optimizer).state:
+            state = get_optimizer_state_dict(model, _plain(optimizer))
+            dcp.save({"optimizer": state}, checkpoint_id=str(folder / _OPTIMIZER))
 
 
 def load_model_shards(folder: Path, model: nn.Module) -> None:
@@ -63,7 +65,9 @@ def load_model_shards(folder: Path, model: nn.Module) -> None:
 
 
 def load_optimizer_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """In place. Every rank has to call."""
+    """In place, where one was saved. Every rank has to call."""
+    if not (folder / _OPTIMIZER).is_dir():
+        return
     state = {"optimizer": get_optimizer_state_dict(model, _plain(optimizer))}
     with _as_one_error(folder):
         dcp.load(state, checkpoint_id=str(folder / _OPTIMIZER))

@@ -51,12 +51,15 @@ def check_head(model: PreTrainedModel) -> None:
     """
     if isinstance(model, HyLoForCausalLM):
         return
-    head = model.get_output_embeddings()
-    if head is None:
-        raise HyLoError(f"a teacher of the {model.config.model_type!r} family has no head that KL could be taken from")
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    if head is None or decoder is model:
+        raise HyLoError(
+            f"a teacher of the {model.config.model_type!r} family cannot be distilled from: it does not tell its "
+            "decoder and its head apart"
+        )
     ids = torch.linspace(0, head.weight.shape[0] - 1, _TOLD_BY, device=model.device).long()[None]
     # Of the same pass: experts and atomic sums may round otherwise in another.
-    decoder, final = model.get_decoder(), []
+    final: list[Tensor] = []
     handle = decoder.register_forward_hook(lambda _, __, output: final.append(output.last_hidden_state))
     try:
         logits = model(input_ids=ids, use_cache=False).logits
@@ -69,9 +72,10 @@ def check_head(model: PreTrainedModel) -> None:
         off = (logits.float().log_softmax(-1) - ours.float().log_softmax(-1)).abs().max().item()
         # Both are rounded to the model's dtype: by some units in the last place at most.
         fits = off <= 4 * torch.finfo(hidden.dtype).eps * max(1.0, logits.abs().max().item())
-    if fits:
+    values = {key: getattr(model.config.get_text_config(), key, None) for key in _LOGIT_KEYS}
+    # A cap bends a few small logits by less than bfloat16 rounds them.
+    if fits and values["final_logit_softcapping"] is None:
         return
-    values = {key: getattr(model.config, key, None) for key in _LOGIT_KEYS}
     causes = [f"{key} {value:g}" for key, value in values.items() if value is not None]
     if getattr(head, "bias", None) is not None:
         causes.append("a bias of the head")

@@ -163,7 +163,8 @@ def train_stage(
         if stage.objective == "layerwise":
             trainer = _Layerwise(**options)
         else:
-            length = stage.teacher_length or teacher.config.max_position_embeddings
+            made_for = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+            length = stage.teacher_length or made_for or stage.length
             options["teacher_length"] = length if length < stage.length else None
             trainer = _Distillation(cross_entropy=stage.cross_entropy, **options)
         trainer.remove_callback(PrinterCallback)

@@ -78,7 +78,8 @@ class MultiHeadLatentAttention(TokenMixer):
 
     `kv_b_proj` holds the base's KV heads, each of which serves its group of query heads. The latents have no norm, the
     softmax scale is (nope + rope) ** -0.5. Sequences expand the latents to keys and values; single tokens absorb
-    `kv_b_proj` into the query and the output instead (section 2.1.2), so that decoding reads the latents alone.
+    `kv_b_proj` into the query and the output instead (section 2.1.2), so that decoding reads the latents alone. They
+    expand too where an adapter or a quantiser has replaced `kv_b_proj` or its weight.
 
     Bases with biases (Qwen2) give `q` and the rotary key one; the bias of the other key rows is the same for all keys
     and cancels in the softmax, that of the values passes through it into the output's bias. Bases with norms (Qwen3)
@@ -142,7 +143,7 @@ class MultiHeadLatentAttention(TokenMixer):
             cached, _ = past_key_values.update(cached[:, None], cached[:, None, :, :0], self.layer_idx)
             cached = cached[:, 0]
         total = cached.shape[1]
-        if past_key_values is not None and length == 1:
+        if past_key_values is not None and length == 1 and self._can_absorb():
             heads = self._absorbed(query, cached, attention_mask)
         elif attention_mask is None and length < total and not torch.is_grad_enabled():
 
@@ -205,6 +206,10 @@ class MultiHeadLatentAttention(TokenMixer):
             key = (key * self._scales(cached).transpose(1, 2)[..., None]).to(value.dtype)
         # A slice may start where no 16 bytes do, and bfloat16 attention kernels have read such values wrongly.
         return key, value.contiguous()
+
+    def _can_absorb(self) -> bool:
+        """Whether the weight of `kv_b_proj` is all that it does to a latent."""
+        return type(self.kv_b_proj) is nn.Linear and type(self.kv_b_proj.weight.data) is Tensor
 
     def _absorbed(self, query: Tensor, cached: Tensor, mask: Tensor | None) -> Tensor:
         """Scores (q_nope W_k) . latent + q_rope . k_rope, output (weights . latent) W_v, for one token (T = 1).

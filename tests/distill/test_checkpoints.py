@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hylo.distill.checkpoints import Checkpoints
 from hylo.distill.progress import StageMonitor
-from hylo.distill.shards import _as_one_error
+from hylo.distill.shards import _as_one_error, load_model_shards, load_optimizer_shards, save_shards
 from hylo.errors import HyLoError
 from hylo.files import read_json
 
@@ -298,6 +298,24 @@ def test_another_fingerprint_finds_nothing(two_checkpoints: Runs, capsys: pytest
     assert two_checkpoints.steps() == [4, 6]
     assert Checkpoints("stage2", root.parent / "nothing", "f" * 64).latest() is None
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_shards_of_an_optimizer_before_its_first_step(tmp_path: Path) -> None:
+    """As where the first steps are refused: writing and reading make no step of their own."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    save_shards(tmp_path / "0", model, optimizer)
+    load_model_shards(tmp_path / "0", model)
+    load_optimizer_shards(tmp_path / "0", model, optimizer)
+    assert not optimizer.state
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    save_shards(tmp_path / "1", model, optimizer)
+    other = torch.optim.AdamW(model.parameters(), lr=0.1)
+    load_optimizer_shards(tmp_path / "1", model, other)
+    assert [int(state["step"]) for state in other.state.values()] == [1, 1]
 
 
 def test_what_a_rank_could_not_write_is_named(tmp_path: Path) -> None:

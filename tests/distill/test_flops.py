@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import SIZES, hybrid_config, random_ids
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM, MistralConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig
 
 from hylo import HyLoForCausalLM
 from hylo.distill.flops import attention_flops, device_peak_flops, flops_per_token, peak_flops
@@ -57,6 +57,14 @@ def test_layerwise_goes_back_through_replaced_layers_alone(student: HyLoForCausa
     of_teacher = 2 * size(*teacher.model.layers) + 4 * ATTENTION
     stage = StageSection(objective="layerwise", **STAGE)
     assert flops_per_token(stage, student, teacher) == pytest.approx(forward + backward + of_teacher)
+
+
+def test_a_teacher_of_unknown_shape_counts_by_parameters(student: HyLoForCausalLM, teacher: LlamaForCausalLM) -> None:
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=SIZES["vocab_size"], n_embd=32, n_layer=2, n_head=4))
+    of_teacher = 2 * size(*teacher.model.layers) + 4 * ATTENTION + 2 * HEAD
+    stage = StageSection(objective="kl", **STAGE)
+    expected = flops_per_token(stage, student, teacher) - of_teacher + 2 * size(other)
+    assert flops_per_token(stage, student, other) == pytest.approx(expected)
 
 
 def test_torch_counts_the_same(to_layout: Any, teacher: LlamaForCausalLM) -> None:

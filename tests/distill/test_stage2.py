@@ -9,6 +9,7 @@ from tiny import collated, convert_base, documents_of, random_packed, write_base
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from hylo import HyLoForCausalLM
+from hylo.distill.engine import StageTrainer
 from hylo.distill.recipe import StageSection
 from hylo.distill.stage2 import DistillationTrainer
 from hylo.distill.teacher import as_hybrid
@@ -48,6 +49,26 @@ def test_all(student: HyLoForCausalLM, teacher: LlamaForCausalLM, tmp_path: Path
     moved, _ = run(student, teacher, tmp_path, train="all")
     assert moved == {name for name, _ in student.named_parameters()}
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_no_matrix_does_not_decay(
+    to_layout: Any, teacher: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """Norms, biases, and the decays and skips of linear mixers."""
+    decays: dict[int, bool] = {}
+    create = StageTrainer.create_optimizer
+
+    def seen(self: StageTrainer, *args: Any) -> Any:
+        made = create(self, *args)
+        decays.update((id(one), group["weight_decay"] > 0) for group in made.param_groups for one in group["params"])
+        return made
+
+    monkeypatch.setattr(StageTrainer, "create_optimizer", seen)
+    student = load_model(to_layout("GDN:0 M2:1 KDA:2 MLA:3")[1])
+    run(student, teacher, tmp_path, train="all", weight_decay=0.1, optimizer=optimizer)
+    wrong = [name for name, value in student.named_parameters() if decays[id(value)] != (value.ndim > 1)]
+    assert not wrong
 
 
 def test_tied_head_stays_tied(tmp_path: Path) -> None:

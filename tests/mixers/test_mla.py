@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from layers import LLAMA_1B, LLAMA_3B, QWEN, mix, one_layer, parameters_of, rms_norm, weights
-from torch import Tensor
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import hylo.mixers.softmax
 from hylo import HyLoModel
@@ -88,6 +89,35 @@ def test_decoding_and_chunks_are_the_forward(monkeypatch: pytest.MonkeyPatch, va
     model = one_layer(variant).float()
     x = torch.randn(2, 30, HIDDEN)
     torch.testing.assert_close(in_pieces(model, x, pieces), mix(model, x), rtol=0, atol=1e-5)
+
+
+class Adapted(nn.Module):
+    """A linear map with an adapter beside it, that names the map's weight as its own."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.update = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.update(x)
+
+
+@pytest.mark.parametrize("how", ["adapted", "quantised"])
+@torch.no_grad()
+def test_decoding_runs_what_stands_for_the_projection(how: str) -> None:
+    """Whatever module or weight it is: its plain weight would say too little."""
+    model = one_layer("mla").float()
+    mixer = model.layers[0].mixer
+    if how == "adapted":
+        mixer.kv_b_proj = Adapted(mixer.kv_b_proj)
+    else:
+        quantize_(model, Int8WeightOnlyConfig())
+    x = torch.randn(2, 30, HIDDEN)
+    torch.testing.assert_close(in_pieces(model, x, [20, *[1] * 10]), mix(model, x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["mla", "mla_key_norm"])
