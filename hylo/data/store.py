@@ -140,8 +140,8 @@ class TokenStore:
 
     @property
     def start(self) -> list[int]:
-        """Ids that start every piece of a document."""
-        return self.info.start or []
+        """Ids that start every piece of a document: what the first shard with documents says."""
+        return next((shard.info.start for shard in self._shards if shard.info.documents), None) or []
 
     @property
     def info(self) -> ShardInfo:
@@ -195,6 +195,10 @@ class MemoryStore(TokenStore):
         self.lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
         self._ids = np.concatenate([*documents, np.empty(0, np.int64)]).astype(np.int64)
         self._info = ShardInfo(len(self.lengths), len(self._ids), read=len(self.lengths), complete=True)
+
+    @property
+    def start(self) -> list[int]:
+        return []
 
     @property
     def info(self) -> ShardInfo:
