@@ -48,7 +48,7 @@ def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
     """The card as markdown, with the hub's metadata in front."""
     layout = format_layout(config.token_mixers or [])
     base = config.base_model or "an unknown base"
-    run = next((run for run in sources.runs if run.report and run.report["token_mixers"] == config.token_mixers), None)
+    run = _run_of(config, sources, folder)
     weights = weights_digest(folder)
     results = _of(weights, sources)
     whole = _of(weights, Sources(evaluations=[one for one in sources.evaluations if _is_whole(one)]))
@@ -79,6 +79,15 @@ def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
         parts.append(_scores(results, sources))
     parts.append(_usage(folder))
     return "\n".join(part for part in parts if part)
+
+
+def _run_of(config: HyLoConfig, sources: Sources, folder: Path) -> Run | None:
+    """The run that made a checkpoint: the one that it lies in, or the only one of its layout."""
+    alike = [run for run in sources.runs if run.report and run.report["token_mixers"] == config.token_mixers]
+    for run in alike:
+        if run.folder is not None and (run.folder / "model").resolve() == folder.resolve():
+            return run
+    return alike[0] if len(alike) == 1 else None
 
 
 def _of(weights: str, sources: Sources) -> list[dict[str, Any]]:
