@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from hylo.evaluate.measures import measurements
+
 # What a suite is called, and what a row of it shows.
 _PERCENT = 100.0
 Cell = tuple[float, float | None, int | None]
@@ -66,19 +68,21 @@ def score_rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str]
         for task, score in suite["tasks"].items():
             yield ("commonsense", task, score["metric"]), _percent(score, score["documents"])
         yield ("commonsense", suite["mean"]["label"], ""), _percent(suite["mean"], None)
-    if (suite := suites.get("gsm8k")) is not None:
+    for suite in measurements(result, "gsm8k"):
         matches = suite["exact_match"]
         for metric, score in matches["metrics"].items():
             label = metric.replace("exact_match,", "exact match, ").replace("-", " ")
             yield ("gsm8k", f"{suite['task']}, {matches['shots']} shots", label), _percent(score, matches["documents"])
-        bits = suite["bits_per_byte"]
+    # The same answers, whatever the task.
+    if answers := [suite["bits_per_byte"] for suite in measurements(result, "gsm8k")]:
+        bits = max(answers, key=lambda one: one["documents"])
         yield ("gsm8k", "GSM8K, gold answers", "bits per byte"), (bits["value"], bits["stderr"], bits["documents"])
     if (suite := suites.get("ruler")) is not None:
         for length, scores in suite["lengths"].items():
             label = f"{scores['mean']['label']} at {int(length):,}"
             count = sum(task["samples"] for task in scores["tasks"].values())
             yield ("ruler", label, "score"), _percent(scores["mean"], count)
-    if (suite := suites.get("perplexity")) is not None:
+    for suite in measurements(result, "perplexity"):
         count = sum(position["tokens"] for position in suite["positions"])
         # Of the perplexity, from that of the mean: exp is nearly straight so close to it.
         stderr = suite["perplexity"] * suite["stderr"] if suite.get("stderr") is not None else None
@@ -136,7 +140,7 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
         yield "not finished"
     suites = result["suites"]
     tasks = list(suites.get("commonsense", {}).get("tasks", {}).values())
-    tasks += [suites["gsm8k"]["exact_match"]] if "gsm8k" in suites else []
+    tasks += [suite["exact_match"] for suite in measurements(result, "gsm8k")]
     if limits := sorted({task["documents"] for task in tasks if task["documents"] < task["of"]}):
         yield f"the first {_either(limits)} documents of each task alone"
     lengths = suites.get("ruler", {}).get("lengths", {}).values()
