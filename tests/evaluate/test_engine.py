@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_hybrid, random_ids
+from tiny import make_tokenizer, random_hybrid, random_ids
 from transformers import GenerationConfig, PreTrainedModel
 
 from hylo.errors import HyLoError
@@ -109,6 +109,22 @@ def test_a_model_s_own_settings_do_not_change_greedy_answers(engines: dict[str, 
         assert engine.generate(prompts[:1], 12) == [engine.tokenizer.decode([first])]
     finally:
         engine.model.generation_config = own
+
+
+def test_answers_end_where_the_tokenizer_ends_a_sequence(engines: dict[str, Engine]) -> None:
+    """Beside the model's own end, or in its place: a fine-tune may end turns with another token than its config says."""
+    model, tokenizer = engines["base"].model, make_tokenizer()
+    prompts = ids(10)
+    whole = model.generate(torch.tensor(prompts), max_new_tokens=8, do_sample=False)[0, 10:].tolist()
+    tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(whole[3])})
+    expected = tokenizer.decode(whole[: whole.index(whole[3])])
+    own = model.generation_config
+    try:
+        for model_end in (None, own.eos_token_id, [own.eos_token_id]):
+            model.generation_config = GenerationConfig(eos_token_id=model_end)
+            assert Engine(model, tokenizer).generate(prompts, 8) == [expected]
+    finally:
+        model.generation_config = own
 
 
 def test_answers_end_before_the_first_stop(engines: dict[str, Engine]) -> None:
