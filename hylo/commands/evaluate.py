@@ -103,7 +103,7 @@ def evaluate_command(
     log_samples: Annotated[
         bool, typer.Option("--log-samples", help="Also write every answer and its mark to samples.jsonl.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts and samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of RULER's prompts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a model on benchmarks, alone or beside its base; or on text of your own.

@@ -66,7 +66,7 @@ class Settings:
         chat: put the prompts of RULER and lm-eval into the tokenizer's chat template.
         data: a folder of data; see hylo.evaluate.data.
         place: where lm-eval's documents come from; `auto` is the hub where it answers, unless `data` is given.
-        seed: of RULER's prompts and lm-eval's generators.
+        seed: of RULER's prompts.
         batch_tokens: see Engine.
         workers: processes that make RULER's prompts.
     """
@@ -389,7 +389,7 @@ def _run_commonsense(backend: Backend, settings: Settings, data: LocalData, hub:
     from hylo.evaluate.harness import COMMONSENSE, hub_tasks, local_tasks, run_tasks
 
     with hub_tasks(list(COMMONSENSE)) if hub else local_tasks(list(COMMONSENSE), data) as (tasks, origins, missing):
-        measured = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat, log=log)
+        measured = run_tasks(backend, tasks, limit=settings.limit, chat=settings.chat, log=log)
     for name, result in measured.items():
         result |= {"metric": COMMONSENSE[name], "origin": origins[name]} | result["metrics"][COMMONSENSE[name]]
     return {"tasks": measured, "missing": missing, "mean": task_mean(measured.values(), len(COMMONSENSE))}
@@ -402,7 +402,7 @@ def _run_gsm8k(backend: Backend, settings: Settings, data: LocalData, hub: bool,
     # gsm8k draws its five shots from the train split, which no package has; gsm8k_cot carries its eight shots itself.
     name = "gsm8k" if hub else "gsm8k_cot"
     with hub_tasks([name]) if hub else local_tasks([name], data) as (tasks, origins, _):
-        every = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat, log=log)
+        every = run_tasks(backend, tasks, limit=settings.limit, chat=settings.chat, log=log)
         rows = list(tasks[name].test_docs())
     answers = [(row["question"], row["answer"]) for row in rows[: settings.limit]]
     return {
