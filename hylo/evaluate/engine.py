@@ -227,7 +227,10 @@ class Engine:
         """
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
-            eos_token_id=_end_ids(own.eos_token_id, self.tokenizer.eos_token_id), pad_token_id=self.pad_id, max_new_tokens=new_tokens, do_sample=False
+            eos_token_id=_end_ids(own.eos_token_id, self.tokenizer.eos_token_id),
+            pad_token_id=self.pad_id,
+            max_new_tokens=new_tokens,
+            do_sample=False,
         )
         try:
             yield

@@ -150,7 +150,7 @@ def evaluate_models(
     save: Save = lambda report: None,
     log: Log = lambda rows: None,
 ) -> dict[str, Any]:
-    """Measures models one after the other, on the same prompts where they share a vocabulary.
+    """Measures models one after the other, on the same prompts where they share a vocabulary and chat template.
 
     What does not fit into memory, a length of RULER or a suite, is named as missing, and the others go on.
 
@@ -177,6 +177,8 @@ def evaluate_models(
     with ExitStack() as stack:
         folders = [stack.enter_context(opened_folder(reference)) for reference in references]
         tokenizers = [load_tokenizer(folder) for folder in folders]
+        if settings.chat:
+            _check_templates(references, tokenizers)
         start = time.monotonic()
         prompts = _make_prompts(tokenizers, settings, data)
         prompts_seconds = time.monotonic() - start
@@ -266,7 +268,7 @@ def _text(settings: Settings, data: LocalData) -> tuple[list[str], str]:
 
 
 def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData) -> list[RulerPrompts]:
-    """RULER's, for each model; made once for all that share a vocabulary."""
+    """RULER's, for each model; made once for all that share a vocabulary, and the chat template where it is used."""
     if "ruler" not in settings.suites:
         return [RulerPrompts() for _ in tokenizers]
     tasks, missing = available_tasks(data, settings.tasks or tuple(TASKS))
@@ -274,7 +276,7 @@ def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData
         raise HyLoError(f"no RULER task has its data: {'; '.join(missing.values())}")
     made: list[RulerPrompts] = []
     for i, tokenizer in enumerate(tokenizers):
-        same = next((made[j] for j in range(i) if tokenizers[j].get_vocab() == tokenizer.get_vocab()), None)
+        same = next((made[j] for j in range(i) if _prompted_alike(tokenizers[j], tokenizer, settings.chat)), None)
         if same is None:
             samples = make_samples(
                 tokenizer,
@@ -291,6 +293,16 @@ def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData
             )
         made.append(same)
     return made
+
+
+def _prompted_alike(one: Any, other: Any, chat: bool) -> bool:
+    return one.get_vocab() == other.get_vocab() and (not chat or one.chat_template == other.chat_template)
+
+
+def _check_templates(references: Sequence[str], tokenizers: Sequence[Any]) -> None:
+    for reference, tokenizer in zip(references, tokenizers, strict=True):
+        if not tokenizer.chat_template:
+            raise HyLoError(f"the tokenizer of {reference} has no chat template; leave out --chat")
 
 
 def describe_model(folder: Path, reference: str) -> dict[str, Any]:

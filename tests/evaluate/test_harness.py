@@ -178,9 +178,7 @@ def test_the_model_of_the_harness_says_the_same_over_this_engine(mixed_folder: P
     assert bits[0]["value"] > 1
 
 
-def test_shots_are_those_that_the_harness_draws_by_default(
-    mixed_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shots_are_those_that_the_harness_draws_by_default(mixed_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default = inspect.signature(simple_evaluate).parameters["fewshot_random_seed"].default
     rows = datasets.Dataset.from_list([{"question": f"Q{i}?", "answer": f"#### {i}"} for i in range(50)])
     found = datasets.DatasetDict({"test": rows.select(range(1)), "train": rows})

