@@ -131,13 +131,22 @@ def check_settings(settings: Settings) -> None:
         check_harness()
 
 
-def _check_lengths(config: PreTrainedConfig, reference: str, settings: Settings) -> None:
-    limit = int(config.max_position_embeddings)
+def context_of(reference: str) -> int:
+    """Tokens that a model was made for. Raises HyLoError where there is no such model."""
+    return int(_config_of(resolve_base(reference)).max_position_embeddings)
+
+
+def _longest(settings: Settings) -> int:
     wanted = list(settings.lengths) if "ruler" in settings.suites else []
     if "perplexity" in settings.suites and settings.perplexity_length:
         wanted.append(settings.perplexity_length)
-    longest = max(wanted, default=0)
-    if longest > limit and not settings.beyond:
+    return max(wanted, default=0)
+
+
+def check_length(reference: str, longest: int, beyond: bool) -> None:
+    """Raises HyLoError where a model was made for less and `beyond` does not ask for it, or there is none."""
+    limit = context_of(reference)
+    if longest > limit and not beyond:
         raise HyLoError(
             f"{longest:,} tokens are more than the {limit:,} that {reference} was made for; "
             "choose shorter lengths, or pass --beyond to see where it breaks"
@@ -168,7 +177,7 @@ def evaluate_models(
     check_settings(settings)
     data = LocalData.at(settings.data)
     for reference in references:
-        _check_lengths(_config_of(resolve_base(reference)), reference, settings)
+        check_length(reference, _longest(settings), settings.beyond)
     hub = settings.place == "hub" or (
         settings.place == "auto" and settings.data is None and _needs_hub(settings) and hub_answers()
     )
