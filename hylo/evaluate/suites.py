@@ -9,7 +9,7 @@ import statistics
 import struct
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -182,7 +182,9 @@ def evaluate_models(
         settings.place == "auto" and settings.data is None and _needs_hub(settings) and hub_answers()
     )
     _check_documents(settings, data, hub)
-    text = _text(settings, data) if "perplexity" in settings.suites else None
+    if "perplexity" in settings.suites:
+        # That there is some.
+        next(_texts(settings, data))
     with ExitStack() as stack:
         folders = [stack.enter_context(opened_folder(reference)) for reference in references]
         tokenizers = [load_tokenizer(folder) for folder in folders]
@@ -191,6 +193,7 @@ def evaluate_models(
         start = time.monotonic()
         prompts = _make_prompts(tokenizers, settings, data)
         prompts_seconds = time.monotonic() - start
+        windows = [_windows(*one, settings, data) for one in zip(folders, tokenizers, strict=True)]
         results: list[dict[str, Any]] = []
         report: dict[str, Any] = {
             "format": FORMAT,
@@ -202,9 +205,10 @@ def evaluate_models(
         def keep() -> None:
             save(report | {"environment": _environment()})
 
-        for reference, folder, tokenizer, asked in zip(references, folders, tokenizers, prompts, strict=True):
+        every = zip(references, folders, tokenizers, prompts, windows, strict=True)
+        for reference, folder, tokenizer, asked, text in every:
             results.append({})
-            _evaluate_one(results[-1], reference, folder, tokenizer, asked, settings, data, hub, text, keep, log)
+            _evaluate_one(results[-1], reference, folder, tokenizer, asked, text, settings, data, hub, keep, log)
             # What the model before held.
             free_memory()
     return report | {"environment": _environment()}
@@ -263,17 +267,29 @@ def _why_missing(task: str, data: LocalData) -> str | None:
     return None
 
 
-def _text(settings: Settings, data: LocalData) -> tuple[list[str], str]:
-    """Texts for perplexity, and what they are."""
+def _texts(settings: Settings, data: LocalData) -> Iterator[str]:
+    """Texts for perplexity, read as far as they are taken."""
     if not settings.text:
         try:
-            essays, origin = data.essays()
+            yield data.essays()[0]
         except MissingDataError:
             raise HyLoError("perplexity needs a long text; give one with --text") from None
-        return [essays], f"essays ({origin})"
-    from hylo.data.sources import read_documents
+        return
+    from hylo.data.sources import iterate_documents
 
-    return [document.text for document in read_documents(settings.text)], ", ".join(settings.text)
+    yield from (document.text for document in iterate_documents(settings.text))
+
+
+def _text_name(settings: Settings, data: LocalData) -> str:
+    return ", ".join(settings.text) or f"essays ({data.essays()[1]})"
+
+
+def _windows(folder: Path, tokenizer: Any, settings: Settings, data: LocalData) -> list[list[int]]:
+    """Of the perplexity suite, where it is asked for."""
+    if "perplexity" not in settings.suites:
+        return []
+    length = settings.perplexity_length or min(int(read_config(folder).max_position_embeddings), 8192)
+    return cut_windows(_texts(settings, data), tokenizer, length, settings.windows)
 
 
 def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData) -> list[RulerPrompts]:
@@ -346,10 +362,10 @@ def _evaluate_one(
     folder: Path,
     tokenizer: Any,
     prompts: RulerPrompts,
+    windows: list[list[int]],
     settings: Settings,
     data: LocalData,
     hub: bool,
-    text: tuple[list[str], str] | None,
     keep: Callable[[], None],
     log: Log,
 ) -> None:
@@ -382,8 +398,8 @@ def _evaluate_one(
                 if name == "ruler":
                     run_ruler(backend, prompts, measured, logged)
                 elif name == "perplexity":
-                    assert engine is not None and text is not None
-                    measured(_run_perplexity(engine, text, settings, facts["context"]))
+                    assert engine is not None
+                    measured(_run_perplexity(engine, windows, _text_name(settings, data)))
                 else:
                     run: Callable[..., dict[str, Any]] = {"commonsense": _run_commonsense, "gsm8k": _run_gsm8k}[name]
                     measured(run(backend, settings, data, hub, logged))
@@ -464,13 +480,11 @@ def gold_bits_per_byte(
     }
 
 
-def _run_perplexity(engine: Engine, text: tuple[list[str], str], settings: Settings, context: int) -> dict[str, Any]:
-    length = settings.perplexity_length or min(context, 8192)
-    windows = cut_windows(text[0], engine, length, settings.windows)
+def _run_perplexity(engine: Engine, windows: list[list[int]], text: str) -> dict[str, Any]:
     scores = perplexity_by_position(engine, windows)
     return {
-        "text": text[1],
-        "length": length,
+        "text": text,
+        "length": len(windows[0]),
         "windows": len(windows),
         "nats": scores.nats,
         "stderr": scores.stderr,

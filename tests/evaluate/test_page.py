@@ -292,7 +292,7 @@ def test_other_texts_and_other_tasks_are_kept_beside_each_other(tiny_report: dic
     labels = [label for (_, label, _), _ in score_rows(result)]
     assert {"a.txt, windows of 1,100", "b.txt, windows of 1,200", "gsm8k_cot, 8 shots", "gsm8k, 8 shots"} <= set(labels)
     assert labels.count("GSM8K, gold answers") == 1
-    assert [cell[0] for (name, _, _), cell in score_rows(result) if name == "perplexity"][0] == 3.0
+    assert next(cell[0] for (name, _, _), cell in score_rows(result) if name == "perplexity") == 3.0
     reader = Reader()
     reader.feed(report_page(places))
     shown = reader.sections["Perplexity by position"]

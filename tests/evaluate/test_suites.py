@@ -252,6 +252,7 @@ def settings(**changes: Any) -> Settings:
         ({"suites": ("gsm8k",), "chat": True}, "has no chat template; leave out --chat"),
         ({"data": "nowhere"}, "nowhere"),
         ({"suites": ("perplexity",), "text": ("nowhere.txt",)}, "nowhere.txt"),
+        ({"suites": ("perplexity",), "text": (__file__,), "perplexity_length": 10**6, "beyond": True}, "fewer than a"),
     ],
 )
 def test_bad_input_is_told_before_weights_are_read(
