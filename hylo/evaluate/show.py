@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from hylo.evaluate.measures import measurements
@@ -16,18 +17,19 @@ Cell = tuple[float, float | None, int | None]
 def results_table(report: Mapping[str, Any]) -> Table:
     """One row a score, one column a model. Accuracies in percent, each with its standard error."""
     results: Sequence[Mapping[str, Any]] = report["results"]
-    table = Table(title=" against ".join(result["reference"] for result in results), caption=caption(report))
+    title = " against ".join(result["reference"] for result in results)
+    table = Table(title=escape(title), caption=escape(caption(report)))
     table.add_column("")
     table.add_column("metric")
     table.add_column("n", justify="right")
     for result in results:
-        table.add_column(model_name(result), justify="right")
+        table.add_column(escape(model_name(result)), justify="right")
     before = None
     for (suite, label, metric), number, cells in table_rows(results):
         if before not in (None, suite):
             table.add_section()
         before = suite
-        table.add_row(label, metric, number, *cells)
+        table.add_row(escape(label), metric, number, *cells)
     return table
 
 

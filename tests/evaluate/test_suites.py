@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import make_tokenizer
 
 from hylo.errors import HyLoError
@@ -89,6 +91,16 @@ def test_the_table_shows_every_suite(tiny_report: dict[str, Any]) -> None:
     assert table.row_count == len(keys) == 6 + 1 + 2 + 1 + 2 + 1
     assert [column.header for column in table.columns][3:] == ["1MLA1ATT2GDN (hybrid)", "llama (llama)"]
     assert "first 1 documents" in str(table.caption)
+
+
+def test_names_are_shown_as_they_are(tiny_report: dict[str, Any]) -> None:
+    """And are no markup, which would hide `[b]` and stumble over `[/b]`."""
+    named = [one | {"reference": f"models/[b]{i}[/i]"} for i, one in enumerate(tiny_report["results"])]
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(results_table(tiny_report | {"results": named}))
+    shown = console.export_text()
+    assert "models/[b]0[/i] against models/[b]1[/i]" in shown
+    assert "llama (i])" in shown
 
 
 def test_perplexity_of_the_suite_is_that_of_the_model(tiny_report: dict[str, Any], base_folder: Path) -> None:
