@@ -231,6 +231,7 @@ def _evaluate(models: list[str], settings: Any, output: Path | None, log_samples
     from hylo.evaluate.page import report_page
     from hylo.evaluate.page.charts import check_plots
     from hylo.evaluate.suites import evaluate_models
+    from hylo.evaluate.write import write_text
     from hylo.files import write_json
 
     if output is not None:
@@ -257,7 +258,7 @@ def _evaluate(models: list[str], settings: Any, output: Path | None, log_samples
     report = evaluate_models(models, settings, save, log)
     if output is not None:
         save(report)
-        (output / "report.html").write_text(report_page([output]), encoding="utf-8")
+        write_text(output / "report.html", report_page([output]))
     return report
 
 

@@ -14,6 +14,7 @@ from hylo.evaluate.page.sources import Run, Sources
 from hylo.evaluate.report import row_labels
 from hylo.evaluate.show import missing_lines, notes, score_rows, table_rows
 from hylo.evaluate.suites import read_config
+from hylo.evaluate.write import write_text
 from hylo.upcycle.bases import weights_digest
 from hylo.upcycle.layout import format_layout
 from hylo.version import __version__
@@ -40,7 +41,7 @@ def write_model_card(folder: Path, sources: Sources) -> Path:
     path = folder / _CARD_FILE
     if path.is_file() and _MARK not in path.read_text(encoding="utf-8"):
         raise HyLoError(f"{path} was not made by hylo report; move it away to have one made")
-    path.write_text(model_card(config, sources, folder), encoding="utf-8")
+    write_text(path, model_card(config, sources, folder))
     return path
 
 
