@@ -144,16 +144,11 @@ def evaluate_command(
     if log_samples and output is None:
         raise HyLoError("--log-samples needs --output, the folder that samples.jsonl is written to")
     from hylo.evaluate.show import missing_lines, results_table
-    from hylo.evaluate.suites import SUITES, Settings, parse_lengths
+    from hylo.evaluate.suites import SUITES, Settings, check_settings, parse_lengths
 
-    suites = SUITES if suite == "all" else tuple(dict.fromkeys(_names(suite)))
-    if source is not PlaceName.hub:
-        # That holds of every suite.
-        given.pop("source", None)
-    _check_suite_options(given, suites)
     preset = _QUICK if quick else _WHOLE
     settings = Settings(
-        suites=suites,
+        suites=SUITES if suite == "all" else tuple(dict.fromkeys(_names(suite))),
         limit=limit or preset.limit,
         lengths=parse_lengths(lengths or preset.lengths),
         samples=samples or preset.samples,
@@ -170,6 +165,11 @@ def evaluate_command(
         backend=backend.value,
         batch_tokens=batch_tokens,
     )
+    check_settings(settings)
+    if source is not PlaceName.hub:
+        # That holds of every suite.
+        given.pop("source", None)
+    _check_suite_options(given, settings.suites)
     report = _evaluate([model, *([vs] if vs else [])], settings, output, log_samples)
     if as_json:
         out.print(json.dumps(report), soft_wrap=True, highlight=False, markup=False)

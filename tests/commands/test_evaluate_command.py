@@ -128,6 +128,7 @@ def test_a_first_look_takes_little_of_each_suite_and_gives_way_to_options(
     [
         ("nowhere --suite ruler", "nowhere"),
         ("base --suite mmlu", "'mmlu'"),
+        ("base --suite mmlu --limit 2", "'mmlu'"),
         ("base --suite ruler --lengths 4Q", "'4Q'"),
         ("base --suite ruler --lengths 4K", "--beyond"),
         ("base --suite ruler --tasks niah --lengths 512", "'niah'"),
