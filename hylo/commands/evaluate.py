@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -45,6 +46,23 @@ class Preset(NamedTuple):
     windows: int
 
 
+# Options by the suites that they say something of. Those that are not here are for every suite.
+_OPTIONS_OF = {
+    "limit": ("commonsense", "gsm8k"),
+    "source": ("commonsense", "gsm8k"),
+    "lengths": ("ruler",),
+    "samples": ("ruler",),
+    "tasks": ("ruler",),
+    "seed": ("ruler",),
+    "text": ("perplexity",),
+    "length": ("perplexity",),
+    "windows": ("perplexity",),
+    "chat": ("commonsense", "gsm8k", "ruler"),
+    "batch_tokens": ("commonsense", "gsm8k", "ruler"),
+    "log_samples": ("commonsense", "gsm8k", "ruler"),
+}
+# What text without a suite is scored with.
+_OPTIONS_OF_TEXT = {"model", "text", "teacher", "length", "tokens", "beyond", "precision", "as_json"}
 _WHOLE = Preset(None, "4K,8K", 50, None, 8)
 _QUICK = Preset(10, "1K", 2, 2048, 2)
 
@@ -55,6 +73,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A hybrid's folder, or any base.")],
     suite: Annotated[
         str | None,
@@ -103,7 +122,7 @@ def evaluate_command(
     log_samples: Annotated[
         bool, typer.Option("--log-samples", help="Also write every answer and its mark to samples.jsonl.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts and samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of RULER's prompts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a model on benchmarks, alone or beside its base; or on text of your own.
@@ -115,15 +134,17 @@ def evaluate_command(
 
     Example: hylo eval runs/demo/model --vs runs/demo/base --suite all --quick --output eval
     """
+    given = _given(context)
     if suite is None:
-        _score_text(model, text, teacher, length, tokens, precision, as_json)
+        _check_text_options(given)
+        _score_text(model, text or [], teacher, length, tokens, beyond, precision, as_json)
         return
     if teacher is not None:
         raise HyLoError("--teacher goes with --text alone; beside suites, compare with --vs")
     if log_samples and output is None:
         raise HyLoError("--log-samples needs --output, the folder that samples.jsonl is written to")
     from hylo.evaluate.show import missing_lines, results_table
-    from hylo.evaluate.suites import SUITES, Settings, parse_lengths
+    from hylo.evaluate.suites import SUITES, Settings, check_settings, parse_lengths
 
     preset = _QUICK if quick else _WHOLE
     settings = Settings(
@@ -131,7 +152,7 @@ def evaluate_command(
         limit=limit or preset.limit,
         lengths=parse_lengths(lengths or preset.lengths),
         samples=samples or preset.samples,
-        tasks=tuple(_names(tasks or "")),
+        tasks=tuple(dict.fromkeys(_names(tasks or ""))),
         beyond=beyond,
         text=tuple(text or ()),
         perplexity_length=length or preset.length,
@@ -144,6 +165,11 @@ def evaluate_command(
         backend=backend.value,
         batch_tokens=batch_tokens,
     )
+    check_settings(settings)
+    if source is not PlaceName.hub:
+        # That holds of every suite.
+        given.pop("source", None)
+    _check_suite_options(given, settings.suites)
     report = _evaluate([model, *([vs] if vs else [])], settings, output, log_samples)
     if as_json:
         out.print(json.dumps(report), soft_wrap=True, highlight=False, markup=False)
@@ -161,6 +187,38 @@ def evaluate_command(
         )
 
 
+def _given(context: typer.Context) -> dict[str, str]:
+    """What the command line says, by parameter: the option as it is written."""
+    given = {}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name) if parameter.name else None
+        if source is not None and source.name == "COMMANDLINE":
+            given[str(parameter.name)] = parameter.opts[0]
+    return given
+
+
+def _check_text_options(given: Mapping[str, str]) -> None:
+    """Raises HyLoError where an option is for suites; BadParameter where there is neither suite nor text."""
+    if "text" not in given:
+        raise typer.BadParameter("give a --suite to run, or a --text to score")
+    if others := [option for name, option in given.items() if name not in _OPTIONS_OF_TEXT]:
+        raise HyLoError(f"{', '.join(others)}: for suites alone; add --suite, or leave out what is for suites")
+
+
+def _check_suite_options(given: Mapping[str, str], suites: Sequence[str]) -> None:
+    """Raises HyLoError where an option says nothing of these suites."""
+    if "tokens" in given:
+        raise HyLoError("--tokens goes with --text alone; beside suites, choose --length and --windows")
+    others = [option for name, option in given.items() if name in _OPTIONS_OF and not {*_OPTIONS_OF[name]} & {*suites}]
+    if others:
+        wanted = dict.fromkeys(
+            suite for name, option in given.items() if option in others for suite in _OPTIONS_OF[name]
+        )
+        raise HyLoError(
+            f"{', '.join(others)}: of no use for {', '.join(suites)}; leave out, or add to --suite: {', '.join(wanted)}"
+        )
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -173,6 +231,7 @@ def _evaluate(models: list[str], settings: Any, output: Path | None, log_samples
     from hylo.evaluate.page import report_page
     from hylo.evaluate.page.charts import check_plots
     from hylo.evaluate.suites import evaluate_models
+    from hylo.evaluate.write import write_text
     from hylo.files import write_json
 
     if output is not None:
@@ -199,26 +258,28 @@ def _evaluate(models: list[str], settings: Any, output: Path | None, log_samples
     report = evaluate_models(models, settings, save, log)
     if output is not None:
         save(report)
-        (output / "report.html").write_text(report_page([output]), encoding="utf-8")
+        write_text(output / "report.html", report_page([output]))
     return report
 
 
 def _score_text(
     model: str,
-    text: list[str] | None,
+    text: list[str],
     teacher: str | None,
     length: int | None,
     tokens: int,
+    beyond: bool,
     precision: PrecisionName,
     as_json: bool,
 ) -> None:
     from hylo.evaluate.agreement import score_checkpoint
+    from hylo.evaluate.suites import check_length, context_of
 
-    if not text:
-        raise typer.BadParameter("give a --suite to run, or a --text to score")
-    scores = score_checkpoint(
-        model, text, teacher=teacher, length=length or 1024, tokens=tokens, precision=precision.value
-    )
+    models = [model, *([teacher] if teacher else [])]
+    length = length or min(1024, *(context_of(one) for one in models))
+    for one in models:
+        check_length(one, length, beyond)
+    scores = score_checkpoint(model, text, teacher=teacher, length=length, tokens=tokens, precision=precision.value)
     if as_json:
         out.print(json.dumps(scores.as_dict()), soft_wrap=True, highlight=False)
         return

@@ -30,6 +30,7 @@ def report(
     """
     from hylo.evaluate.card import write_model_card
     from hylo.evaluate.page import read_sources, report_page
+    from hylo.evaluate.write import write_text
 
     if output.is_dir():
         raise HyLoError(f"{output} is a folder; expected a file such as {output / 'report.html'}")
@@ -37,7 +38,7 @@ def report(
     written = write_model_card(card, read_sources(places)) if card is not None else None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
+        write_text(output, page)
     except OSError as error:
         raise HyLoError(f"cannot write {output}: {error.strerror}") from None
     out.print(

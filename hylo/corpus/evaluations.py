@@ -13,6 +13,8 @@ from hylo.data.sources import open_source
 from hylo.errors import HyLoError
 from hylo.evaluate.data import LocalData
 
+# What a row with a gap has.
+_FILLED = {"sentence", "option1", "option2"}
 # What the demo and its like evaluate on.
 _DEMO, _DEMO_SHARE, _DEMO_TOKENS = ("python:topics", "python:stdlib"), 0.1, 100_000
 
@@ -49,11 +51,10 @@ def _requests(file: Path) -> Iterator[str]:
     seen: set[str] = set()
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         for line in lines:
-            document = json.loads(line)["doc"]
-            text = "\n".join(_strings(document))
-            if text not in seen:
-                seen.add(text)
-                yield text
+            for text in _texts(json.loads(line)["doc"]):
+                if text not in seen:
+                    seen.add(text)
+                    yield text
 
 
 def _arrow(file: Path) -> Iterator[str]:
@@ -62,7 +63,15 @@ def _arrow(file: Path) -> Iterator[str]:
     with pyarrow.memory_map(str(file)) as source:
         for batch in pyarrow.ipc.open_stream(source):
             for row in batch.to_pylist():
-                yield "\n".join(_strings(row))
+                yield from _texts(row)
+
+
+def _texts(row: dict[str, Any]) -> Iterator[str]:
+    """All strings of a row; of WinoGrande also its sentence as it is read, with either option in the gap."""
+    yield "\n".join(_strings(row))
+    if row.keys() >= _FILLED:
+        sentence, *options = (str(row[name]) for name in ("sentence", "option1", "option2"))
+        yield from (sentence.replace("_", option) for option in options)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -2,13 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hylo.data.chat import AssistantTokens, ChatTemplate
 from hylo.data.documents import Document
 from hylo.errors import HyLoError
+
+# Of a text that goes to the tokenizer in one piece: what it keeps of each token is many times the text.
+PIECE_CHARACTERS = 2**20
+
+
+def text_pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most PIECE_CHARACTERS, cut before white space where there is some."""
+    begin = 0
+    while len(text) - begin > PIECE_CHARACTERS:
+        places = (text.rfind(space, begin + 1, begin + PIECE_CHARACTERS) for space in (" ", "\n"))
+        end = next((place for place in places if place > 0), begin + PIECE_CHARACTERS)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class Encoder:
         if not documents:
             return []
         if documents[0].messages is None:
-            encoded = self._ids([document.text for document in documents])
+            encoded = self._text_ids([document.text for document in documents])
             return [Encoded([*ids, *self._end]) if ids else None for ids in encoded]
         results: list[Encoded | None] = []
         for document, chat in zip(documents, self._chats(documents), strict=True):
@@ -81,6 +95,25 @@ class Encoder:
             counted = None if chat.counted is None else chat.counted[len(start) :]
             results.append(Encoded(ids, counted) if ids and (counted is None or any(counted)) else None)
         return results
+
+    def pieces(self, document: Document, start: Sequence[int]) -> Iterator[list[int]]:
+        """The same tokens of one document, of a long text piece by piece. Raises as `encode`."""
+        if document.messages is not None:
+            yield from (encoded.ids for encoded in self.encode([document], start) if encoded is not None)
+            return
+        yield from (self._ids([piece])[0] for piece in text_pieces(document.text))
+        yield self._end
+
+    def _text_ids(self, texts: list[str]) -> list[list[int]]:
+        """Short texts together, long ones in pieces."""
+        short = [text for text in texts if len(text) <= PIECE_CHARACTERS]
+        together = iter(self._ids(short) if short else [])
+        return [
+            next(together)
+            if len(text) <= PIECE_CHARACTERS
+            else [token for piece in text_pieces(text) for token in self._ids([piece])[0]]
+            for text in texts
+        ]
 
     def _chats(self, documents: Sequence[Document]) -> list[Encoded | None]:
         template = self._template(documents[0].name)

@@ -120,14 +120,18 @@ def read_documents(sources: Sequence[str | SourceSection]) -> list[Document]:
 
     Raises HyLoError on a source that does not exist, is not readable, or holds no text.
     """
-    documents: list[Document] = []
-    for source in sources:
-        opened = open_source(source)
-        found = list(opened.documents())
-        if not found:
+    return list(iterate_documents(sources))
+
+
+def iterate_documents(sources: Sequence[str | SourceSection]) -> Iterator[Document]:
+    """The same, one after another: what does not exist is told before the first, what cannot be read in its turn."""
+    for opened in [open_source(source) for source in sources]:
+        documents = opened.documents()
+        first = next(documents, None)
+        if first is None:
             raise HyLoError(f"no text in {opened.name}")
-        documents += found
-    return documents
+        yield first
+        yield from documents
 
 
 def _no_text(name: str) -> Iterator[Document]:

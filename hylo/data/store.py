@@ -31,7 +31,7 @@ from hylo.files import atomic_directory, read_json, sync_tree, write_json
 from hylo.progress import bar
 
 # Part of every key: raise it when the same source would give other files.
-FORMAT = 1
+FORMAT = 2
 # Of a shard, about: what a killed run has to do again at most.
 SHARD_TOKENS = 2**26
 # Documents go to the tokenizer this many together, or this many characters.
@@ -140,8 +140,8 @@ class TokenStore:
 
     @property
     def start(self) -> list[int]:
-        """Ids that start every piece of a document."""
-        return self.info.start or []
+        """Ids that start every piece of a document: what the first shard with documents says."""
+        return next((shard.info.start for shard in self._shards if shard.info.documents), None) or []
 
     @property
     def info(self) -> ShardInfo:
@@ -195,6 +195,10 @@ class MemoryStore(TokenStore):
         self.lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
         self._ids = np.concatenate([*documents, np.empty(0, np.int64)]).astype(np.int64)
         self._info = ShardInfo(len(self.lengths), len(self._ids), read=len(self.lengths), complete=True)
+
+    @property
+    def start(self) -> list[int]:
+        return []
 
     @property
     def info(self) -> ShardInfo:

@@ -46,14 +46,24 @@ class TokenFolder:
     def open(self, encoder: Encoder) -> TokenStore:
         """All of its documents.
 
-        Raises HyLoError where there is none, a shard is damaged, or the tokens are not of this tokenizer and recipe.
+        Raises HyLoError where there is none, a shard is damaged, the tokens are not of this tokenizer and recipe, or
+        documents of two stores start differently.
         """
         shards = []
+        starts: dict[tuple[int, ...], Path] = {}
         for folder in self.stores():
             _check(folder, read_json(folder / _FILE), encoder.settings())
-            shards += find_shards(folder)
+            found = find_shards(folder)
+            shards += found
+            starts |= {tuple(shard.info.start or ()): folder for shard in found if shard.info.documents}
         if not shards:
             raise HyLoError(f"{self.source} holds no shards of tokens")
+        if len(starts) > 1:
+            one, other = list(starts.items())[:2]
+            raise HyLoError(
+                f"documents start with tokens {list(one[0])} in {one[1]} and with {list(other[0])} in {other[1]}; "
+                "name these as two sources"
+            )
         return TokenStore(shards)
 
     def digest(self) -> str:

@@ -3,8 +3,7 @@
 A window never crosses a document.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,15 +73,15 @@ def make_windows(
     encoder = Encoder(tokenizer)
     windows: list[list[int]] = []
     used: set[int] = set()
-    pieces: dict[int, list[list[int]]] = {}
+    pieces: dict[int, Iterator[list[int]]] = {}
     # The first window of each document, then the second of each, ...: a small budget sees many documents.
-    for turn in itertools.count():
+    while True:
         before = len(windows)
         for i in order:
             if i not in pieces:
                 pieces[i] = _cut(documents[i], encoder, length)
-            if turn < len(pieces[i]):
-                windows.append(pieces[i][turn])
+            if (window := next(pieces[i], None)) is not None:
+                windows.append(window)
                 used.add(i)
                 if len(windows) == limit:
                     return Windows(windows, length, len(used))
@@ -93,14 +92,20 @@ def make_windows(
     return Windows(windows, length, len(used))
 
 
-def _cut(document: Document, encoder: Encoder, length: int) -> list[list[int]]:
+def _cut(document: Document, encoder: Encoder, length: int) -> Iterator[list[int]]:
+    """A document's windows; it is tokenised as far as they are taken."""
     start = encoder.start(document)
     if length <= len(start):
         raise HyLoError(f"a window of {length} tokens; expected more than the {len(start)} that start every text")
-    [encoded] = encoder.encode([document], start)
-    ids = [] if encoded is None else encoded.ids
-    cuts = [start + ids[at : at + length - len(start)] for at in range(0, len(ids), length - len(start))]
-    return [piece for piece in cuts if 2 * len(piece) >= length]
+    size = length - len(start)
+    ids: list[int] = []
+    for more in encoder.pieces(document, start):
+        ids += more
+        whole = len(ids) // size * size
+        yield from (start + ids[at : at + size] for at in range(0, whole, size))
+        ids = ids[whole:]
+    if ids and 2 * (len(start) + len(ids)) >= length:
+        yield start + ids
 
 
 def single_documents(packed: PackedWindows) -> Windows:

@@ -14,6 +14,7 @@ from hylo.evaluate.page.sources import Run, Sources
 from hylo.evaluate.report import row_labels
 from hylo.evaluate.show import missing_lines, notes, score_rows, table_rows
 from hylo.evaluate.suites import read_config
+from hylo.evaluate.write import write_text
 from hylo.upcycle.bases import weights_digest
 from hylo.upcycle.layout import format_layout
 from hylo.version import __version__
@@ -40,7 +41,7 @@ def write_model_card(folder: Path, sources: Sources) -> Path:
     path = folder / _CARD_FILE
     if path.is_file() and _MARK not in path.read_text(encoding="utf-8"):
         raise HyLoError(f"{path} was not made by hylo report; move it away to have one made")
-    path.write_text(model_card(config, sources, folder), encoding="utf-8")
+    write_text(path, model_card(config, sources, folder))
     return path
 
 
@@ -48,7 +49,7 @@ def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
     """The card as markdown, with the hub's metadata in front."""
     layout = format_layout(config.token_mixers or [])
     base = config.base_model or "an unknown base"
-    run = next((run for run in sources.runs if run.report and run.report["token_mixers"] == config.token_mixers), None)
+    run = _run_of(config, sources, folder)
     weights = weights_digest(folder)
     results = _of(weights, sources)
     whole = _of(weights, Sources(evaluations=[one for one in sources.evaluations if _is_whole(one)]))
@@ -79,6 +80,15 @@ def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
         parts.append(_scores(results, sources))
     parts.append(_usage(folder))
     return "\n".join(part for part in parts if part)
+
+
+def _run_of(config: HyLoConfig, sources: Sources, folder: Path) -> Run | None:
+    """The run that made a checkpoint: the one that it lies in, or the only one of its layout."""
+    alike = [run for run in sources.runs if run.report and run.report["token_mixers"] == config.token_mixers]
+    for run in alike:
+        if run.folder is not None and (run.folder / "model").resolve() == folder.resolve():
+            return run
+    return alike[0] if len(alike) == 1 else None
 
 
 def _of(weights: str, sources: Sources) -> list[dict[str, Any]]:

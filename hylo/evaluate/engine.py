@@ -220,14 +220,17 @@ class Engine:
 
     @contextmanager
     def _greedy(self, new_tokens: int) -> Iterator[None]:
-        """Of a model's own settings for generation only where it ends: a penalty, beams or words that it forbids make
-        answers that are not the likeliest.
+        """Of a model's own settings for generation only where it ends, and the tokenizer's end of a sequence: a
+        penalty, beams or words that it forbids make answers that are not the likeliest.
 
         They stand on the model: `generate` fills in from there whatever a configuration leaves open.
         """
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
-            eos_token_id=own.eos_token_id, pad_token_id=self.pad_id, max_new_tokens=new_tokens, do_sample=False
+            eos_token_id=_end_ids(own.eos_token_id, self.tokenizer.eos_token_id),
+            pad_token_id=self.pad_id,
+            max_new_tokens=new_tokens,
+            do_sample=False,
         )
         try:
             yield
@@ -249,6 +252,12 @@ class Engine:
         self.batch_tokens = max(1, self.batch_tokens // 2)
         for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
             self._halving(half, work)
+
+
+def _end_ids(*given: int | list[int] | None) -> list[int] | None:
+    """All tokens that end an answer; None where there is none."""
+    ids = [one for ids in given if ids is not None for one in (ids if isinstance(ids, list) else [ids])]
+    return list(dict.fromkeys(ids)) or None
 
 
 class _Until(StoppingCriteria):

@@ -42,6 +42,8 @@ _SHIPPED = {
     "gsm8k": ("gsm8k/gsm8k.yaml", "test", "gsm8k"),
     "gsm8k_cot": ("gsm8k/gsm8k-cot.yaml", "test", "gsm8k"),
 }
+# lm-eval's own default: where a task draws its shots, they are those of published scores.
+_SHOTS_SEED = 1234
 
 
 def check_harness() -> None:
@@ -121,7 +123,6 @@ def run_tasks(
     tasks: dict[str, Any],
     *,
     limit: int | None,
-    seed: int,
     chat: bool = False,
     log: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> dict[str, dict[str, Any]]:
@@ -130,7 +131,6 @@ def run_tasks(
 
     Args:
         limit: documents of each task, from the first on; None for all.
-        seed: of the choice of shots, where a task chooses them.
         chat: put prompts into the chat template.
         log: is given a row for each document and filter of the answers.
     """
@@ -140,7 +140,7 @@ def run_tasks(
         # As lm-eval's own command does: a task that does not say how many shots it wants gets none.
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=seed)
+        task.set_fewshot_seed(seed=_SHOTS_SEED)
     with quiet(), contextlib.redirect_stdout(io.StringIO()):
         results = evaluate(
             lm=backend.harness_model,

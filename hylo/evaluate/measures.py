@@ -4,11 +4,13 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+# What was measured of a suite.
+Suite = dict[str, Any]
 # Is given all that is measured so far.
 Save = Callable[[dict[str, Any]], None]
 # Is given what samples were asked, answered and marked, as rows.
@@ -28,6 +30,12 @@ def task_mean(results: Any, of: int) -> dict[str, Any]:
         "value": statistics.fmean(result["value"] for result in results),
         "stderr": math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
     }
+
+
+def measurements(result: Mapping[str, Any], name: str) -> list[Suite]:
+    """Of a suite: one or none, and in a column of several files those of other texts and tasks as well."""
+    first = [result["suites"][name]] if name in result["suites"] else []
+    return [*first, *result.get("further", {}).get(name, [])]
 
 
 def standard_error(values: Sequence[float]) -> float | None:

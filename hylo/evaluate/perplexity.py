@@ -4,13 +4,14 @@ Where a model's context breaks, the curve turns up.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hylo.data.encode import first_ids, text_pieces
 from hylo.errors import HyLoError
 from hylo.evaluate.engine import Engine
 from hylo.modeling import PREFILL_CHUNK
@@ -58,16 +59,18 @@ class Perplexity:
         return math.exp(min(self.nats, 700.0))
 
 
-def cut_windows(texts: Sequence[str], engine: Engine, length: int, count: int) -> list[list[int]]:
+def cut_windows(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> list[list[int]]:
     """At most `count` windows of exactly `length` tokens from the texts laid end to end, each begun as a text begins.
 
-    Raises HyLoError where the texts are shorter than one window.
+    Texts are taken, and tokenised, as far as the windows reach. Raises HyLoError where they are shorter than one.
     """
-    ids: list[int] = []
-    begin = _first_ids(engine)
+    begin = first_ids(tokenizer)
     piece = length - len(begin)
-    for text in texts:
-        ids += engine.encode(text if not ids else f"\n\n{text}", special=False)
+    if piece < 1:
+        raise HyLoError(f"a window of {length} tokens; expected more than the {len(begin)} that start every text")
+    ids: list[int] = []
+    for text in _laid_end_to_end(texts):
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= count * piece:
             break
     windows = [begin + ids[at : at + piece] for at in range(0, len(ids) - piece + 1, piece)][:count]
@@ -76,9 +79,9 @@ def cut_windows(texts: Sequence[str], engine: Engine, length: int, count: int) -
     return windows
 
 
-def _first_ids(engine: Engine) -> list[int]:
-    whole, bare = engine.encode("a"), engine.encode("a", special=False)
-    return whole[: whole.index(bare[0])] if bare and bare[0] in whole else []
+def _laid_end_to_end(texts: Iterable[str]) -> Iterator[str]:
+    for i, text in enumerate(texts):
+        yield from text_pieces(f"\n\n{text}" if i else text)
 
 
 @torch.no_grad()

@@ -4,7 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
+
+from hylo.evaluate.measures import measurements
 
 # What a suite is called, and what a row of it shows.
 _PERCENT = 100.0
@@ -14,18 +17,19 @@ Cell = tuple[float, float | None, int | None]
 def results_table(report: Mapping[str, Any]) -> Table:
     """One row a score, one column a model. Accuracies in percent, each with its standard error."""
     results: Sequence[Mapping[str, Any]] = report["results"]
-    table = Table(title=" against ".join(result["reference"] for result in results), caption=caption(report))
+    title = " against ".join(result["reference"] for result in results)
+    table = Table(title=escape(title), caption=escape(caption(report)))
     table.add_column("")
     table.add_column("metric")
     table.add_column("n", justify="right")
     for result in results:
-        table.add_column(model_name(result), justify="right")
+        table.add_column(escape(model_name(result)), justify="right")
     before = None
     for (suite, label, metric), number, cells in table_rows(results):
         if before not in (None, suite):
             table.add_section()
         before = suite
-        table.add_row(label, metric, number, *cells)
+        table.add_row(escape(label), metric, number, *cells)
     return table
 
 
@@ -66,19 +70,21 @@ def score_rows(result: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str]
         for task, score in suite["tasks"].items():
             yield ("commonsense", task, score["metric"]), _percent(score, score["documents"])
         yield ("commonsense", suite["mean"]["label"], ""), _percent(suite["mean"], None)
-    if (suite := suites.get("gsm8k")) is not None:
+    for suite in measurements(result, "gsm8k"):
         matches = suite["exact_match"]
         for metric, score in matches["metrics"].items():
             label = metric.replace("exact_match,", "exact match, ").replace("-", " ")
             yield ("gsm8k", f"{suite['task']}, {matches['shots']} shots", label), _percent(score, matches["documents"])
-        bits = suite["bits_per_byte"]
+    # The same answers, whatever the task.
+    if answers := [suite["bits_per_byte"] for suite in measurements(result, "gsm8k")]:
+        bits = max(answers, key=lambda one: one["documents"])
         yield ("gsm8k", "GSM8K, gold answers", "bits per byte"), (bits["value"], bits["stderr"], bits["documents"])
     if (suite := suites.get("ruler")) is not None:
         for length, scores in suite["lengths"].items():
             label = f"{scores['mean']['label']} at {int(length):,}"
             count = sum(task["samples"] for task in scores["tasks"].values())
             yield ("ruler", label, "score"), _percent(scores["mean"], count)
-    if (suite := suites.get("perplexity")) is not None:
+    for suite in measurements(result, "perplexity"):
         count = sum(position["tokens"] for position in suite["positions"])
         # Of the perplexity, from that of the mean: exp is nearly straight so close to it.
         stderr = suite["perplexity"] * suite["stderr"] if suite.get("stderr") is not None else None
@@ -136,7 +142,7 @@ def _notes(result: Mapping[str, Any]) -> Iterator[str]:
         yield "not finished"
     suites = result["suites"]
     tasks = list(suites.get("commonsense", {}).get("tasks", {}).values())
-    tasks += [suites["gsm8k"]["exact_match"]] if "gsm8k" in suites else []
+    tasks += [suite["exact_match"] for suite in measurements(result, "gsm8k")]
     if limits := sorted({task["documents"] for task in tasks if task["documents"] < task["of"]}):
         yield f"the first {_either(limits)} documents of each task alone"
     lengths = suites.get("ruler", {}).get("lengths", {}).values()

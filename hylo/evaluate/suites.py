@@ -9,7 +9,7 @@ import statistics
 import struct
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ class Settings:
         chat: put the prompts of RULER and lm-eval into the tokenizer's chat template.
         data: a folder of data; see hylo.evaluate.data.
         place: where lm-eval's documents come from; `auto` is the hub where it answers, unless `data` is given.
-        seed: of RULER's prompts and lm-eval's generators.
+        seed: of RULER's prompts.
         batch_tokens: see Engine.
         workers: processes that make RULER's prompts.
     """
@@ -131,13 +131,22 @@ def check_settings(settings: Settings) -> None:
         check_harness()
 
 
-def _check_lengths(config: PreTrainedConfig, reference: str, settings: Settings) -> None:
-    limit = int(config.max_position_embeddings)
+def context_of(reference: str) -> int:
+    """Tokens that a model was made for. Raises HyLoError where there is no such model."""
+    return int(_config_of(resolve_base(reference)).max_position_embeddings)
+
+
+def _longest(settings: Settings) -> int:
     wanted = list(settings.lengths) if "ruler" in settings.suites else []
     if "perplexity" in settings.suites and settings.perplexity_length:
         wanted.append(settings.perplexity_length)
-    longest = max(wanted, default=0)
-    if longest > limit and not settings.beyond:
+    return max(wanted, default=0)
+
+
+def check_length(reference: str, longest: int, beyond: bool) -> None:
+    """Raises HyLoError where a model was made for less and `beyond` does not ask for it, or there is none."""
+    limit = context_of(reference)
+    if longest > limit and not beyond:
         raise HyLoError(
             f"{longest:,} tokens are more than the {limit:,} that {reference} was made for; "
             "choose shorter lengths, or pass --beyond to see where it breaks"
@@ -150,7 +159,7 @@ def evaluate_models(
     save: Save = lambda report: None,
     log: Log = lambda rows: None,
 ) -> dict[str, Any]:
-    """Measures models one after the other, on the same prompts where they share a vocabulary.
+    """Measures models one after the other, on the same prompts where they share a vocabulary and chat template.
 
     What does not fit into memory, a length of RULER or a suite, is named as missing, and the others go on.
 
@@ -168,18 +177,23 @@ def evaluate_models(
     check_settings(settings)
     data = LocalData.at(settings.data)
     for reference in references:
-        _check_lengths(_config_of(resolve_base(reference)), reference, settings)
+        check_length(reference, _longest(settings), settings.beyond)
     hub = settings.place == "hub" or (
         settings.place == "auto" and settings.data is None and _needs_hub(settings) and hub_answers()
     )
     _check_documents(settings, data, hub)
-    text = _text(settings, data) if "perplexity" in settings.suites else None
+    if "perplexity" in settings.suites:
+        # That there is some.
+        next(_texts(settings, data))
     with ExitStack() as stack:
         folders = [stack.enter_context(opened_folder(reference)) for reference in references]
         tokenizers = [load_tokenizer(folder) for folder in folders]
+        if settings.chat:
+            _check_templates(references, tokenizers)
         start = time.monotonic()
         prompts = _make_prompts(tokenizers, settings, data)
         prompts_seconds = time.monotonic() - start
+        windows = [_windows(*one, settings, data) for one in zip(folders, tokenizers, strict=True)]
         results: list[dict[str, Any]] = []
         report: dict[str, Any] = {
             "format": FORMAT,
@@ -191,9 +205,10 @@ def evaluate_models(
         def keep() -> None:
             save(report | {"environment": _environment()})
 
-        for reference, folder, tokenizer, asked in zip(references, folders, tokenizers, prompts, strict=True):
+        every = zip(references, folders, tokenizers, prompts, windows, strict=True)
+        for reference, folder, tokenizer, asked, text in every:
             results.append({})
-            _evaluate_one(results[-1], reference, folder, tokenizer, asked, settings, data, hub, text, keep, log)
+            _evaluate_one(results[-1], reference, folder, tokenizer, asked, text, settings, data, hub, keep, log)
             # What the model before held.
             free_memory()
     return report | {"environment": _environment()}
@@ -252,21 +267,33 @@ def _why_missing(task: str, data: LocalData) -> str | None:
     return None
 
 
-def _text(settings: Settings, data: LocalData) -> tuple[list[str], str]:
-    """Texts for perplexity, and what they are."""
+def _texts(settings: Settings, data: LocalData) -> Iterator[str]:
+    """Texts for perplexity, read as far as they are taken."""
     if not settings.text:
         try:
-            essays, origin = data.essays()
+            yield data.essays()[0]
         except MissingDataError:
             raise HyLoError("perplexity needs a long text; give one with --text") from None
-        return [essays], f"essays ({origin})"
-    from hylo.data.sources import read_documents
+        return
+    from hylo.data.sources import iterate_documents
 
-    return [document.text for document in read_documents(settings.text)], ", ".join(settings.text)
+    yield from (document.text for document in iterate_documents(settings.text))
+
+
+def _text_name(settings: Settings, data: LocalData) -> str:
+    return ", ".join(settings.text) or f"essays ({data.essays()[1]})"
+
+
+def _windows(folder: Path, tokenizer: Any, settings: Settings, data: LocalData) -> list[list[int]]:
+    """Of the perplexity suite, where it is asked for."""
+    if "perplexity" not in settings.suites:
+        return []
+    length = settings.perplexity_length or min(int(read_config(folder).max_position_embeddings), 8192)
+    return cut_windows(_texts(settings, data), tokenizer, length, settings.windows)
 
 
 def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData) -> list[RulerPrompts]:
-    """RULER's, for each model; made once for all that share a vocabulary."""
+    """RULER's, for each model; made once for all that share a vocabulary, and the chat template where it is used."""
     if "ruler" not in settings.suites:
         return [RulerPrompts() for _ in tokenizers]
     tasks, missing = available_tasks(data, settings.tasks or tuple(TASKS))
@@ -274,7 +301,7 @@ def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData
         raise HyLoError(f"no RULER task has its data: {'; '.join(missing.values())}")
     made: list[RulerPrompts] = []
     for i, tokenizer in enumerate(tokenizers):
-        same = next((made[j] for j in range(i) if tokenizers[j].get_vocab() == tokenizer.get_vocab()), None)
+        same = next((made[j] for j in range(i) if _prompted_alike(tokenizers[j], tokenizer, settings.chat)), None)
         if same is None:
             samples = make_samples(
                 tokenizer,
@@ -291,6 +318,16 @@ def _make_prompts(tokenizers: Sequence[Any], settings: Settings, data: LocalData
             )
         made.append(same)
     return made
+
+
+def _prompted_alike(one: Any, other: Any, chat: bool) -> bool:
+    return one.get_vocab() == other.get_vocab() and (not chat or one.chat_template == other.chat_template)
+
+
+def _check_templates(references: Sequence[str], tokenizers: Sequence[Any]) -> None:
+    for reference, tokenizer in zip(references, tokenizers, strict=True):
+        if not tokenizer.chat_template:
+            raise HyLoError(f"the tokenizer of {reference} has no chat template; leave out --chat")
 
 
 def describe_model(folder: Path, reference: str) -> dict[str, Any]:
@@ -325,10 +362,10 @@ def _evaluate_one(
     folder: Path,
     tokenizer: Any,
     prompts: RulerPrompts,
+    windows: list[list[int]],
     settings: Settings,
     data: LocalData,
     hub: bool,
-    text: tuple[list[str], str] | None,
     keep: Callable[[], None],
     log: Log,
 ) -> None:
@@ -361,8 +398,8 @@ def _evaluate_one(
                 if name == "ruler":
                     run_ruler(backend, prompts, measured, logged)
                 elif name == "perplexity":
-                    assert engine is not None and text is not None
-                    measured(_run_perplexity(engine, text, settings, facts["context"]))
+                    assert engine is not None
+                    measured(_run_perplexity(engine, windows, _text_name(settings, data)))
                 else:
                     run: Callable[..., dict[str, Any]] = {"commonsense": _run_commonsense, "gsm8k": _run_gsm8k}[name]
                     measured(run(backend, settings, data, hub, logged))
@@ -389,7 +426,7 @@ def _run_commonsense(backend: Backend, settings: Settings, data: LocalData, hub:
     from hylo.evaluate.harness import COMMONSENSE, hub_tasks, local_tasks, run_tasks
 
     with hub_tasks(list(COMMONSENSE)) if hub else local_tasks(list(COMMONSENSE), data) as (tasks, origins, missing):
-        measured = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat, log=log)
+        measured = run_tasks(backend, tasks, limit=settings.limit, chat=settings.chat, log=log)
     for name, result in measured.items():
         result |= {"metric": COMMONSENSE[name], "origin": origins[name]} | result["metrics"][COMMONSENSE[name]]
     return {"tasks": measured, "missing": missing, "mean": task_mean(measured.values(), len(COMMONSENSE))}
@@ -402,7 +439,7 @@ def _run_gsm8k(backend: Backend, settings: Settings, data: LocalData, hub: bool,
     # gsm8k draws its five shots from the train split, which no package has; gsm8k_cot carries its eight shots itself.
     name = "gsm8k" if hub else "gsm8k_cot"
     with hub_tasks([name]) if hub else local_tasks([name], data) as (tasks, origins, _):
-        every = run_tasks(backend, tasks, limit=settings.limit, seed=settings.seed, chat=settings.chat, log=log)
+        every = run_tasks(backend, tasks, limit=settings.limit, chat=settings.chat, log=log)
         rows = list(tasks[name].test_docs())
     answers = [(row["question"], row["answer"]) for row in rows[: settings.limit]]
     return {
@@ -443,13 +480,11 @@ def gold_bits_per_byte(
     }
 
 
-def _run_perplexity(engine: Engine, text: tuple[list[str], str], settings: Settings, context: int) -> dict[str, Any]:
-    length = settings.perplexity_length or min(context, 8192)
-    windows = cut_windows(text[0], engine, length, settings.windows)
+def _run_perplexity(engine: Engine, windows: list[list[int]], text: str) -> dict[str, Any]:
     scores = perplexity_by_position(engine, windows)
     return {
-        "text": text[1],
-        "length": length,
+        "text": text,
+        "length": len(windows[0]),
         "windows": len(windows),
         "nats": scores.nats,
         "stderr": scores.stderr,

@@ -110,11 +110,12 @@ def test_a_first_look_takes_little_of_each_suite_and_gives_way_to_options(
         raise HyLoError("noted")
 
     monkeypatch.setattr(suites, "evaluate_models", note)
-    for line in ("base --suite all", "base --suite all --quick", "base --suite ruler,ruler --quick --samples 5"):
+    repeated = "base --suite ruler,ruler --tasks vt,fwe,vt --quick --samples 5"
+    for line in ("base --suite all", "base --suite all --quick", repeated):
         assert str(run(line).exception) == "noted"
     whole, quick, chosen = asked
     assert whole.suites == quick.suites == suites.SUITES
-    assert chosen.suites == ("ruler",)
+    assert (chosen.suites, chosen.tasks) == (("ruler",), ("vt", "fwe"))
     assert (whole.limit, whole.lengths, whole.samples) == (None, (4096, 8192), 50)
     assert quick.limit is not None
     assert quick.limit <= 20
@@ -127,12 +128,14 @@ def test_a_first_look_takes_little_of_each_suite_and_gives_way_to_options(
     [
         ("nowhere --suite ruler", "nowhere"),
         ("base --suite mmlu", "'mmlu'"),
+        ("base --suite mmlu --limit 2", "'mmlu'"),
         ("base --suite ruler --lengths 4Q", "'4Q'"),
         ("base --suite ruler --lengths 4K", "--beyond"),
         ("base --suite ruler --tasks niah --lengths 512", "'niah'"),
         ("base --suite perplexity --tasks niah_single_1", "--tasks"),
         ("base --suite perplexity --vs nowhere", "nowhere"),
         ("base --suite perplexity --text nowhere.txt", "nowhere.txt"),
+        ("base --suite perplexity --source local --beyond --text nowhere.txt", "nowhere.txt"),
         ("base --suite perplexity --teacher base", "--vs"),
         ("base --suite commonsense --data nowhere", "nowhere"),
         ("base --suite perplexity --backend vllm", "vllm"),
@@ -146,6 +149,47 @@ def test_bad_input_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, line
     assert named in str(result.exception)
     assert "\n" not in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("base --text texts --vs hybrid --output out --limit 2", "--vs, --output, --limit: for suites alone"),
+        ("base --text texts --chat --quick --backend hf", "--quick, --chat, --backend: for suites alone"),
+        ("base --text texts --seed 0", "--seed: for suites alone"),
+        ("base --text texts --length 513", "513 tokens are more than the 512"),
+        ("base --suite perplexity --tokens 50", "--tokens goes with --text alone"),
+        ("base --suite perplexity --limit 2 --source hub", "--limit, --source: of no use for perplexity"),
+        ("base --suite perplexity --seed 1", "add to --suite: ruler"),
+        ("base --suite gsm8k -t texts --length 64 --windows 2", "--length, --windows: of no use for gsm8k"),
+        (
+            "base --suite ruler --limit 2",
+            "--limit: of no use for ruler; leave out, or add to --suite: commonsense, gsm8k",
+        ),
+        (
+            "base --suite commonsense,gsm8k --beyond --samples 2",
+            "--samples: of no use for commonsense, gsm8k",
+        ),
+    ],
+)
+def test_an_option_that_does_not_apply_is_refused(
+    run: Run, line: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hylo.evaluate import agreement, suites
+
+    for module in (agreement, suites):
+        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("weights were read"))
+    result = run(line)
+    assert isinstance(result.exception, HyLoError), result.output
+    assert named in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_text_may_be_longer_than_a_model_was_made_for_where_that_is_asked_for(run: Run) -> None:
+    result = run("base --text texts --length 600 --tokens 600 --beyond --precision float32 --json")
+    assert json.loads(result.output)["tokens"] == 599
+    # What is not said is what the model was made for.
+    assert json.loads(run("base --text texts --tokens 600 --precision float32 --json").output)["tokens"] == 511
 
 
 def test_answers_are_written_to_a_folder_or_not_at_all(run: Run) -> None:

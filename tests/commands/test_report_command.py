@@ -1,6 +1,8 @@
 """`hylo report`, in process."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,3 +88,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, line
     assert named in str(result.exception)
     assert "\n" not in str(result.exception)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_page_is_replaced_whole_or_not_at_all(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page.html").write_text("before")
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        result = run("results.json --output page.html")
+    assert "cannot write page.html: No space left on device" in str(result.exception)
+    assert (tmp_path / "page.html").read_text() == "before"
+    assert not list(tmp_path.glob(".page*"))
+    assert run("results.json --output page.html").exit_code == 0
+    assert "12.50" in (tmp_path / "page.html").read_text()

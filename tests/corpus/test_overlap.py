@@ -9,6 +9,7 @@ import numpy as np
 from tiny import sentences
 
 from hylo.corpus.clean import Cleaner, Losses
+from hylo.corpus.evaluations import _texts
 from hylo.corpus.extract import Draft
 from hylo.corpus.overlap import Labelled, Passage, RunIndex, SeenRuns
 
@@ -42,6 +43,16 @@ def test_runs_are_told_as_counted_by_hand() -> None:
     found, counts = RunIndex([Labelled("exam", [" ".join(words)])]).found(Passage(text).runs)
     assert int(found.sum()) == shared_runs(text, " ".join(words)) == 35 - 12
     assert counts == {"exam": 23}
+
+
+def test_a_gap_is_filled_with_either_option() -> None:
+    """No run of 13 words of the sentence as it is read has the gap in it."""
+    begin, end = sentences(1, 1).split()[:7], sentences(2, 1).split()[:7]
+    row = {"sentence": " ".join([*begin, "_", *end]), "option1": "lamp", "option2": "harbour", "answer": "1"}
+    index = RunIndex([Labelled("winogrande", list(_texts(row)))])
+    for option in ("lamp", "harbour"):
+        assert index.found(Passage(" ".join([*begin, option, *end])).runs)[0].all()
+    assert not index.found(Passage(" ".join([*begin, "stone", *end])).runs)[0].any()
 
 
 def test_covered_words_are_those_of_the_runs() -> None:

@@ -6,6 +6,7 @@ import pytest
 from tiny import make_tokenizer, sentences
 from tokenizers.processors import TemplateProcessing
 
+from hylo.data import encode
 from hylo.data.documents import Document
 from hylo.data.encode import Encoder
 from hylo.errors import HyLoError
@@ -29,6 +30,20 @@ def test_texts_are_what_the_tokenizer_gives(tokenizer: Any) -> None:
     assert (encoded[0].counted, encoded[1]) == (None, None)
     ended = Encoder(tokenizer, end_of_text=True).encode([TEXT], [])
     assert ended[0].ids == [*expected, tokenizer.eos_token_id]
+
+
+def test_a_long_text_is_tokenised_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut before white space, which is where a tokenizer begins anew; somewhere where there is none."""
+    texts = [sentences(1), "mila", "x" * 1000, sentences(2) + "y" * 250]
+    expected = [tokenizer(text)["input_ids"] for text in texts]
+    monkeypatch.setattr(encode, "PIECE_CHARACTERS", 100)
+    for text in texts:
+        pieces = list(encode.text_pieces(text))
+        assert "".join(pieces) == text
+        assert all(0 < len(piece) <= 100 for piece in pieces)
+    encoded = [one.ids for one in Encoder(tokenizer).encode([Document("a", text) for text in texts], [])]
+    assert encoded[:2] == expected[:2]
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
 
 
 def test_what_starts_a_text_is_no_token_of_it(tokenizer: Any) -> None:

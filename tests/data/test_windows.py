@@ -7,6 +7,7 @@ import torch
 from tiny import make_tokenizer, sentences
 from tokenizers.processors import TemplateProcessing
 
+from hylo.data import encode
 from hylo.data.documents import Document
 from hylo.data.sources import read_documents
 from hylo.data.windows import Windows, make_windows
@@ -37,6 +38,22 @@ def test_windows_never_cross_documents(text_folder: Path) -> None:
     # All but the ends that fill less than half a window.
     assert {tuple(window) for window in windows.windows} == {start for start in starts if len(start) >= 25}
     assert windows.tokens == sum(map(len, windows.windows))
+
+
+def test_a_long_text_is_tokenised_as_far_as_windows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, which give the same windows."""
+    documents, tokenizer = [Document("a", sentences(1, 200)), Document("b", sentences(2, 30))], make_tokenizer()
+    whole = make_windows(documents, tokenizer, 50).windows
+    few = make_windows(documents, tokenizer, 50, limit_tokens=200).windows
+    monkeypatch.setattr(encode, "PIECE_CHARACTERS", 400)
+    assert make_windows(documents, tokenizer, 50).windows == whole
+    sizes: list[int] = []
+    ids = encode.Encoder._ids
+    monkeypatch.setattr(
+        encode.Encoder, "_ids", lambda self, texts: (sizes.extend(map(len, texts)), ids(self, texts))[1]
+    )
+    assert make_windows(documents, tokenizer, 50, limit_tokens=200).windows == few
+    assert sum(sizes) < 3000 < len(documents[0].text)
 
 
 def test_order_is_fixed_by_the_seed(text_folder: Path) -> None:

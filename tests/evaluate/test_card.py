@@ -120,6 +120,17 @@ def test_scores_and_training_of_another_model_are_left_out(checkpoint: Path, sou
     assert "## Layers" in text
 
 
+def test_training_is_that_of_the_run_that_the_checkpoint_lies_in(checkpoint: Path, tmp_path: Path) -> None:
+    other = RECIPE | {"teacher": "another/teacher"}
+    runs = [Run("other", other, REPORT, {}, tmp_path / "other"), Run("mine", RECIPE, REPORT, {}, tmp_path)]
+    text = write_model_card(checkpoint, Sources(runs)).read_text()
+    assert "Teacher: the base." in text
+    # Which of two made a checkpoint that lies elsewhere is not known.
+    elsewhere = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    assert "## Training" not in write_model_card(elsewhere, Sources(runs)).read_text()
+    assert "another/teacher" in write_model_card(elsewhere, Sources(runs[:1])).read_text()
+
+
 def test_only_a_hybrid_gets_a_card(base_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(HyLoError, match="is no hybrid"):
         write_model_card(base_folder, Sources())

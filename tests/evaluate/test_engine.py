@@ -1,14 +1,15 @@
 """Log-likelihoods and answers against the plainest way to get them: one row at a time, whole logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import random_hybrid, random_ids
+from tiny import make_tokenizer, random_hybrid, random_ids, sentences
 from transformers import GenerationConfig, PreTrainedModel
 
+from hylo.data import encode
 from hylo.errors import HyLoError
 from hylo.evaluate import engine as engine_module
 from hylo.evaluate.engine import Engine, Row, batches_by_tokens, cut
@@ -111,6 +112,22 @@ def test_a_model_s_own_settings_do_not_change_greedy_answers(engines: dict[str, 
         engine.model.generation_config = own
 
 
+def test_answers_end_where_the_tokenizer_ends_a_sequence(engines: dict[str, Engine]) -> None:
+    """Beside the model's own end, or in its place: a fine-tune may end turns with another token."""
+    model, tokenizer = engines["base"].model, make_tokenizer()
+    prompts = ids(10)
+    whole = model.generate(torch.tensor(prompts), max_new_tokens=8, do_sample=False)[0, 10:].tolist()
+    tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(whole[3])})
+    expected = tokenizer.decode(whole[: whole.index(whole[3])])
+    own = model.generation_config
+    try:
+        for model_end in (None, own.eos_token_id, [own.eos_token_id]):
+            model.generation_config = GenerationConfig(eos_token_id=model_end)
+            assert Engine(model, tokenizer).generate(prompts, 8) == [expected]
+    finally:
+        model.generation_config = own
+
+
 def test_answers_end_before_the_first_stop(engines: dict[str, Engine]) -> None:
     prompts = ids(10, 20)
     whole = engines["base"].generate(prompts, 24)
@@ -174,10 +191,29 @@ def test_perplexity_by_position_is_that_of_whole_logits(engines: dict[str, Engin
 
 def test_windows_are_cut_from_texts_end_to_end(engines: dict[str, Engine]) -> None:
     engine = engines["base"]
-    windows = cut_windows(["mila bado " * 40, "duke pano " * 40], engine, 50, 8)
+    windows = cut_windows(["mila bado " * 40, "duke pano " * 40], engine.tokenizer, 50, 8)
     assert [len(window) for window in windows] == [50] * len(windows)
     joined = engine.tokenizer.decode([token for window in windows for token in window])
     assert joined.startswith("mila bado")
     assert "duke" in joined
     with pytest.raises(HyLoError, match="fewer than a window of 5,000"):
-        cut_windows(["short"], engine, 5000, 1)
+        cut_windows(["short"], engine.tokenizer, 5000, 1)
+
+
+def test_texts_are_read_and_tokenised_as_far_as_windows_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    text = sentences(1, 200)
+    expected = cut_windows([text], tokenizer, 50, 3)
+    monkeypatch.setattr(encode, "PIECE_CHARACTERS", 400)
+    sizes: list[int] = []
+
+    def counting(text: str, **more: Any) -> Any:
+        sizes.append(len(text))
+        return tokenizer(text, **more)
+
+    def texts() -> Iterator[str]:
+        yield text
+        pytest.fail("the second text was read")
+
+    assert cut_windows(texts(), counting, 50, 3) == expected
+    assert sum(sizes) < 1500 < len(text)

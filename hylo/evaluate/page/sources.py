@@ -24,12 +24,14 @@ class Run:
         recipe: what it was asked to do.
         report: what its last step wrote; None before that.
         losses: by stage, the lines of its metrics.jsonl that have a loss.
+        folder: where it lies, and its model in it; None where that is not known.
     """
 
     name: str
     recipe: dict[str, Any]
     report: dict[str, Any] | None
     losses: dict[str, list[dict[str, Any]]]
+    folder: Path | None = None
 
 
 @dataclass
@@ -88,7 +90,7 @@ def _read_run(folder: Path) -> Run:
         if not lines and report is not None:
             lines = report["training"][stage["name"]]["logs"]
         losses[stage["name"]] = [line for line in lines if line.get("loss") is not None]
-    return Run(folder.absolute().name, recipe, report, losses)
+    return Run(folder.absolute().name, recipe, report, losses, folder)
 
 
 def _metrics(file: Path) -> list[dict[str, Any]]:
@@ -110,6 +112,6 @@ def _read_file(file: Path, sources: Sources) -> None:
         sources.evaluations.append(value)
     elif isinstance(value, dict) and {"token_mixers", "recipe", "training", "scores"} <= value.keys():
         losses = {name: stage["logs"] for name, stage in value["training"].items()}
-        sources.runs.append(Run(file.stem, value["recipe"], value, losses))
+        sources.runs.append(Run(file.stem, value["recipe"], value, losses, file.absolute().parent.parent))
     else:
         raise HyLoError(f"{file} is no result; expected a results.json of `hylo eval`, or a run's report.json")
