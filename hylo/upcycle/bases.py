@@ -26,6 +26,7 @@ from hylo.errors import HyLoError
 from hylo.files import atomic_directory, expand_user, read_json, write_json
 from hylo.progress import console
 from hylo.upcycle.families import check_family, check_named_family
+from hylo.upcycle.gguf_rope import restore_rope
 
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 # Beside a dequantised GGUF model: what it was made from.
@@ -142,6 +143,7 @@ def _dequantise(gguf: Path, output: Path) -> None:
         raise HyLoError("reading GGUF needs the gguf package; install it with: pip install 'hylo[demo]'") from None
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise HyLoError(f"{gguf} is not a readable GGUF model: {str(error).splitlines()[0]}") from None
+    restore_rope(loaded.config, gguf)
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
     config = type(loaded.config)(**values)
