@@ -31,6 +31,7 @@ from hylo.upcycle.gguf_rope import restore_rope
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 # Beside a dequantised GGUF model: what it was made from.
 _SOURCE_FILE = "gguf-source.json"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def resolve_base(reference: str | Path) -> Path:
@@ -191,6 +192,7 @@ class Base:
         else:
             for file in sorted(folder.glob("*.safetensors")):
                 base._file_of.update(dict.fromkeys(base._handle(file).keys(), file))
+        config.tie_word_embeddings = base._is_tied()
         return base
 
     def __enter__(self) -> "Base":
@@ -210,6 +212,13 @@ class Base:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def _is_tied(self) -> bool:
+        """Whether the head is the embedding. As in transformers, stored values win over the config."""
+        tied = bool(self.config.tie_word_embeddings)
+        if not tied or not all(name in self for name in (_HEAD, _EMBEDDING)):
+            return tied
+        return torch.equal(self.tensor(_HEAD), self.tensor(_EMBEDDING))
 
     @property
     def parameters(self) -> int:
@@ -268,6 +277,10 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
         if info.get(kind):
             first = sorted(map(str, info[kind]))[0]
             raise HyLoError(f"{folder}: {len(info[kind])} {kind.replace('_', ' ')}, first {first}")
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        # What is made of the model must not tie what the file keeps apart.
+        model.config.tie_word_embeddings = False
     return model.eval()
 
 

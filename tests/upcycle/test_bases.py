@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny import convert_base, make_tokenizer, random_ids, write_base
 from transformers import LlamaForCausalLM
 
 from hylo import HyLoForCausalLM
+from hylo.distill.teacher import as_hybrid
 from hylo.errors import HyLoError
 from hylo.upcycle.bases import (
     Base,
@@ -156,6 +158,24 @@ def test_load_model_loads_bases_and_hybrids(base_folder: Path, mixed_folder: Pat
     assert type(hybrid) is HyLoForCausalLM
     assert hybrid.dtype == torch.bfloat16
     assert not hybrid.training
+
+
+@torch.no_grad()
+def test_a_head_stored_beside_a_tied_embedding_is_kept(tmp_path: Path) -> None:
+    """As transformers does: by the base, its conversion, a teacher made of it, and what is saved."""
+    base = write_base(tmp_path / "base", tie_word_embeddings=True)
+    assert load_model(base).config.tie_word_embeddings
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for head, tied in ((embedding.clone(), True), (embedding + 0.1, False)):
+        save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors", metadata={"format": "pt"})
+        ids = random_ids(2, 20)
+        expected = LlamaForCausalLM.from_pretrained(base)(ids).logits
+        convert_base(base, tmp_path / f"hybrid-{tied}", "4ATT")
+        made = load_model(tmp_path / f"hybrid-{tied}", torch.float32), as_hybrid(load_model(base, torch.float32))
+        for model in made:
+            assert model.config.tie_word_embeddings == tied
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tokenizer_and_companions(base_folder: Path, mixed_folder: Path, tmp_path: Path) -> None:
