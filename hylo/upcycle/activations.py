@@ -92,6 +92,7 @@ class AttentionStatistics:
         cost: sum of w over all queries and keys, `[H]`.
         queries: sum of w q q^T, `[H, hd, hd]`, before rotation.
         rotation: sum of w times the rotation from key to query of each pair, complex `[H, hd / 2]`.
+        attention_factor: on the base's cos and sin, as YaRN has one; `rotation` holds its square.
         keys: sum of w x x^T over keys, all heads together, `[d, d]`, x the layer's normed input.
         read: sum over queries and heads of z z^T, `[d, d]`, z = sum_j p_tj x_j: what reaches the values.
         inputs: sum of x x^T, `[d, d]`.
@@ -107,6 +108,7 @@ class AttentionStatistics:
         self.queries = like.new_zeros(heads, head_dim, head_dim)
         self.rotation = like.new_zeros(heads, head_dim // 2, dtype=torch.complex128)
         self.keys, self.read, self.inputs = (like.new_zeros(hidden, hidden) for _ in range(3))
+        self.attention_factor = 1.0
 
     def check(self) -> None:
         """Raises HyLoError where a sum is not finite."""
@@ -133,6 +135,7 @@ class AttentionStatistics:
         with torch.autocast(inputs.device.type, enabled=False):
             cos, sin = (x.float().expand(len(inputs), -1, -1) for x in position_embeddings)
             half = cos.shape[-1] // 2
+            self.attention_factor = torch.hypot(cos[0, 0, 0], sin[0, 0, 0]).item()
             for row in range(len(inputs)):
                 length = int(mask[row].sum())
                 turn = torch.complex(cos[row, :length, :half], sin[row, :length, :half])

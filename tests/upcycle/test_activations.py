@@ -131,6 +131,50 @@ def test_full_rank_of_one_kv_head_is_the_base(tmp_path: Path, q_lora_rank: int |
     torch.testing.assert_close(student.model.layers[1].mixer.o_proj.weight, output, rtol=0, atol=2e-3)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e7, "factor": 32.0, "original_max_position_embeddings": 128}
+HALF_ROTARY = {"mla": {"kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}}
+
+
+@torch.no_grad()
+def test_yarn_scales_what_is_not_rotated_too(tmp_path: Path) -> None:
+    """Pairs that hardly turn may lose their rotation, but not the factor on cos and sin."""
+    base = write_base(tmp_path / "base", num_key_value_heads=1, num_hidden_layers=2, rope_parameters=YARN)
+    convert_base(base, tmp_path / "hybrid", "2MLA", HALF_ROTARY)
+    student, teacher = load_model(tmp_path / "hybrid", torch.float32), load_model(base, torch.float32)
+    ids = random_ids(4, 16)
+    torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=2e-3)
+    calibrate(student, teacher, [batch_of(8, 16) for _ in range(4)], ridge=1e-9, sequential=False, latents=True)
+    torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+def test_latents_follow_the_students_own_yarn(tmp_path: Path) -> None:
+    """Where only the hybrid has one: MLA then asks as attention with it does."""
+    plain = {"rope_type": "default", "rope_theta": 1e7}
+    base = write_base(tmp_path / "base", num_key_value_heads=1, num_hidden_layers=1, rope_parameters=plain)
+    scaling = {"factor": 32.0, "original_max_position_embeddings": 128}
+    models = []
+    for layout, geometry in (("1MLA", HALF_ROTARY), ("1ATT", {})):
+        convert_base(base, tmp_path / layout, layout, geometry, rope_scaling=scaling)
+        models.append(load_model(tmp_path / layout, torch.float32))
+    mla, attention = models
+    output = mla.model.layers[0].mixer.o_proj.weight.clone()
+    calibrate(mla, load_model(base, torch.float32), [batch_of(8, 16) for _ in range(4)], latents=True)
+    mla.model.layers[0].mixer.o_proj.weight.copy_(output)
+    ids = random_ids(4, 16)
+    torch.testing.assert_close(mla(ids).logits, attention(ids).logits, rtol=0, atol=1e-2)
+
+
+def test_yarn_leaves_the_gains_of_pairs_as_they_are(teacher: LlamaForCausalLM) -> None:
+    """A factor on all scores is no coherence."""
+    geometry = MLAGeometry(8, 4, 4, 8)
+    statistics = statistics_of(teacher, batch_of(8))
+    gains = ActivationDecomposition(statistics, geometry).pair_gains
+    statistics.rotation *= 1.3**2
+    statistics.attention_factor = 1.3
+    torch.testing.assert_close(ActivationDecomposition(statistics, geometry).pair_gains, gains)
+
+
 @pytest.mark.parametrize("rank", [2, 6, 10])
 def test_latent_of_values_is_nearer_where_it_is_read(teacher: LlamaForCausalLM, rank: int) -> None:
     """Than the low rank of the weights: in the size of what reaches the layer's output."""

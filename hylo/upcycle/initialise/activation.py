@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hylo.mixers.mla import MLAGeometry, MultiHeadLatentAttention
 from hylo.upcycle.activations import AttentionStatistics, as_complex, as_real
 from hylo.upcycle.initialise.low_rank import low_rank, symmetric_root
+from hylo.upcycle.initialise.nope import scale_nope
 
 # How much the relative error of the scores counts beside that of the outputs, found by measurement.
 _KEY_WEIGHT = 8.0
@@ -92,7 +93,8 @@ class ActivationDecomposition:
         moment = keys @ self._key_moment.to(keys.dtype) @ keys.mH * root[:, :, None] * root[:, None]
         captured = torch.linalg.eigvalsh(moment)
         cost = self.statistics.cost[:, None]
-        coherence = (self._mean_rotation.abs().square() * cost).sum(0) / cost.sum().clamp_min(1e-30)
+        turn = self._mean_rotation / self.statistics.attention_factor**2
+        coherence = (turn.abs().square() * cost).sum(0) / cost.sum().clamp_min(1e-30)
         return captured[:, -1] * (1 - coherence) / captured.sum().clamp_min(1e-30)
 
     @cached_property
@@ -105,7 +107,7 @@ class ActivationDecomposition:
 
     @cached_property
     def _mean_rotation(self) -> Tensor:
-        """Complex `[H, hd / 2]`."""
+        """Complex `[H, hd / 2]`, times the square of the base's factor on cos and sin."""
         return self.statistics.rotation / self.statistics.cost[:, None].clamp_min(1e-30)
 
     @cached_property
@@ -198,6 +200,9 @@ class ActivationDecomposition:
             bias.copy_(nn.functional.pad(rotary[:, -1], (len(self._latent), 0)))
         values = [self._from_latent(value, self._read_moment) for value in self.weights.value.double()]
         mixer.kv_b_proj.weight.copy_(torch.cat([self._nope[1], torch.stack(values)], 1).flatten(0, 1))
+        # As what it rotates is.
+        factor = mixer.rotary_embedding(mixer.config).attention_scaling
+        scale_nope(mixer, (factor / self.statistics.attention_factor) ** 2)
 
 
 def _floored(moment: Tensor) -> Tensor:
