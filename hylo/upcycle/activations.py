@@ -60,7 +60,9 @@ class AttentionWeights:
         (query, query_bias), (key, key_bias), (value, value_bias) = map(part, ("q_proj", "k_proj", "v_proj"))
         output = attention.get_submodule("o_proj")
         assert isinstance(output, nn.Linear)
-        window = getattr(attention, "sliding_window", None)
+        # Mistral's layers leave it to the config; Qwen's each have their own, which may be none.
+        has_own = hasattr(attention, "sliding_window")
+        window = getattr(attention if has_own else attention.config, "sliding_window", None)
         return cls(
             query=query,
             key=key,

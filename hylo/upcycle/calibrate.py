@@ -153,7 +153,6 @@ def calibrate(
     batches, weights = _with_first_tokens(batches)
     entered = [enter_layers(teacher, batch) for batch in batches]
     teacher_hidden = [hidden for hidden, _ in entered]
-    arguments = [shared for _, shared in entered]
     student_hidden = list(teacher_hidden)
     contexts = [
         student.model.mixing_context(hidden, batch["attention_mask"])
@@ -162,12 +161,13 @@ def calibrate(
     real = [batch["attention_mask"].bool() for batch in batches]
     tokens = sum(int(mask.sum()) for mask in real)
     with bar("calibrate", tokens, "tokens") as shown:
-        for layer, teacher_layer in zip(layers, layers_of(teacher), strict=True):
+        for i, (layer, teacher_layer) in enumerate(zip(layers, layers_of(teacher), strict=True)):
             mixer, solved = layer.mixer, layer.mixer.replaces_attention
+            arguments = [by_layer[i] for _, by_layer in entered]
             text = list(zip(teacher_hidden, real, arguments, weights, contexts, strict=True))
             if latents and isinstance(mixer, MultiHeadLatentAttention):
                 _solve_latents(mixer, teacher_layer, text)
-            steps = [step_layer(teacher_layer, hidden, shared) for hidden, _, shared, _, _ in text]
+            steps = [step_layer(teacher_layer, hidden, own) for hidden, _, own, _, _ in text]
             inputs = student_hidden if sequential else teacher_hidden
             if solved:
                 starts = _starts(layer, teacher_layer, text, gates=gates, averages=averages)

@@ -53,7 +53,7 @@ def test_cost_is_what_an_error_of_a_score_costs(teacher: LlamaForCausalLM) -> No
     statistics = statistics_of(teacher, batch)
     weights = statistics.weights
     x = module.input_layernorm(trace_layers(teacher, batch).inputs[1])[0].detach()
-    cos, sin = enter_layers(teacher, batch)[1]["position_embeddings"]
+    cos, sin = enter_layers(teacher, batch)[1][1]["position_embeddings"]
     turn = torch.complex(cos[0, :, :4], sin[0, :, :4])
     head = 3
     query, key = x @ weights.query[head].T, x @ weights.key[1].T
@@ -256,7 +256,7 @@ def test_lags_are_the_means_of_attention(base_folder: Path) -> None:
     module = teacher.model.layers[1]
     lags = LagStatistics(AttentionWeights.of(module.self_attn), 4)
     inputs = module.input_layernorm(trace_layers(teacher, batch).inputs[1])
-    lags.add(inputs, batch["attention_mask"].bool(), enter_layers(teacher, batch)[1]["position_embeddings"])
+    lags.add(inputs, batch["attention_mask"].bool(), enter_layers(teacher, batch)[1][1]["position_embeddings"])
     attention = teacher(**batch, output_attentions=True).attentions[1].double()
     mass = torch.zeros(4, 4, dtype=torch.float64)
     for row, length in enumerate((24, 18)):
