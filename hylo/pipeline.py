@@ -36,13 +36,13 @@ from hylo.precision import autocast, default_device, resolve_precision
 from hylo.progress import console
 from hylo.upcycle.bases import (
     Base,
+    base_digest,
     check_same_vocabulary,
     load_model,
     load_tokenizer,
     model_folder,
     resolve_base,
     save_checkpoint,
-    weights_digest,
 )
 from hylo.upcycle.calibrate import calibrate_checkpoint
 from hylo.upcycle.convert import DTYPES, plan_conversion, write_checkpoint
@@ -107,11 +107,11 @@ class UpcycleRun:
 
     @cached_property
     def _base_digest(self) -> str:
-        return weights_digest(resolve_base(self.recipe.base))
+        return base_digest(resolve_base(self.recipe.base))
 
     @cached_property
     def _teacher_digest(self) -> str | None:
-        return weights_digest(resolve_base(self.recipe.teacher)) if self.recipe.teacher is not None else None
+        return base_digest(resolve_base(self.recipe.teacher)) if self.recipe.teacher is not None else None
 
     @property
     def _data(self) -> list[Any]:

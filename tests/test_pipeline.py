@@ -18,7 +18,7 @@ from hylo.distill.recipe import CheckpointsSection, Recipe, parse_recipe
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import evaluate, make_reference
 from hylo.pipeline import UpcycleRun
-from hylo.upcycle.bases import load_model
+from hylo.upcycle.bases import load_model, weights_digest
 
 STEPS = ["convert", "calibrate", "stage1", "stage2", "model", "evaluate", "report"]
 
@@ -84,6 +84,21 @@ def test_training_moved_the_model(finished: Path) -> None:
     weights = [load_model(finished / name).model.layers[0].mixer.o_proj.weight for name in STEPS[:4]]
     for before, after in pairwise(weights):
         assert not torch.equal(before, after)
+
+
+def test_no_two_steps_have_the_same_weights(finished: Path) -> None:
+    assert len({weights_digest(finished / name) for name in STEPS[:4]}) == 4
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_base_that_changed_is_noticed(base_folder: Path, text_folder: Path, tmp_path: Path, name: str) -> None:
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    recipe = make_recipe(base, text_folder)
+    run = tmp_path / "other"
+    UpcycleRun(recipe, run).run(until="convert")
+    (base / name).write_text((base / name).read_text() + " ")
+    with pytest.raises(HyLoError, match="another recipe"):
+        UpcycleRun(recipe, run).run(until="convert")
 
 
 def test_a_second_run_does_nothing(finished: Path, recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ import io
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,15 +109,22 @@ def model_folder(reference: str | Path, materialise_to: Path) -> Path:
 
 
 def weights_digest(path: Path) -> str:
-    """A hash over the weight files of a resolved base: names, sizes, and the first and last MiB of each."""
+    """A hash over the weight files of a resolved base: their names, and all that they hold."""
+    return _digest([path] if path.is_file() else sorted(path.glob("*.safetensors")))
+
+
+def base_digest(path: Path) -> str:
+    """The same, over config, tokenizer, chat template and generation config too."""
+    if path.is_file():
+        return weights_digest(path)
+    return _digest([path / "config.json", *companion_files(path), *sorted(path.glob("*.safetensors"))])
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
+    for file in files:
         with file.open("rb") as opened:
-            digest.update(opened.read(2**20))
-            opened.seek(max(0, size - 2**20))
-            digest.update(opened.read(2**20))
+            digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\0".encode())
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from hylo.distill.teacher import as_hybrid
 from hylo.errors import HyLoError
 from hylo.upcycle.bases import (
     Base,
+    base_digest,
     check_same_vocabulary,
     companion_files,
     load_model,
@@ -22,6 +23,7 @@ from hylo.upcycle.bases import (
     model_folder,
     opened_folder,
     resolve_base,
+    weights_digest,
 )
 
 
@@ -74,6 +76,27 @@ def test_missing_reference(reference: str, named: str) -> None:
     with pytest.raises(HyLoError) as error:
         resolve_base(reference)
     assert named in str(error.value)
+
+
+def test_any_byte_of_the_weights_counts(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    values = bytearray(3 * 2**20)
+    digests = set()
+    for at in (0, len(values) // 2, len(values) - 1):
+        values[at] += 1
+        file.write_bytes(values)
+        digests.add(weights_digest(tmp_path))
+    assert len(digests) == 3
+    file.rename(tmp_path / "other.safetensors")
+    assert weights_digest(tmp_path) not in digests
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])
+def test_a_base_is_more_than_its_weights(copied: Path, name: str) -> None:
+    before = base_digest(copied), weights_digest(copied)
+    (copied / name).write_bytes((copied / name).read_bytes() + b" ")
+    assert base_digest(copied) != before[0]
+    assert (weights_digest(copied) != before[1]) == (name == "model.safetensors")
 
 
 def test_a_file_is_no_base(tmp_path: Path) -> None:
