@@ -32,6 +32,7 @@ from hylo.evaluate.agreement import Scores, evaluate, make_reference
 from hylo.evaluate.report import write_report
 from hylo.files import atomic_directory, partial_of, read_json, sync_tree, write_json
 from hylo.generate import continue_prompt
+from hylo.lock import LOCK_FILE, locked
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.progress import console
 from hylo.upcycle.bases import (
@@ -332,21 +333,22 @@ class UpcycleRun:
             until: stop after this step.
 
         Raises:
-            HyLoError: on bad input, or where a step was done with another recipe.
+            HyLoError: on bad input, where a step was done with another recipe, or another run is at work in the output.
         """
         parallel.begin()
-        self._fingerprints = parallel.on_main(lambda: self._prepare(first, until))
         results = {}
-        for step in self.steps:
-            results[step.name] = self._do(step)
-            if step.name == until:
-                break
-        if first is not None:
-            parallel.on_main(lambda: self._write_run_file(None))
+        with ExitStack() as held:
+            self._fingerprints = parallel.on_main(lambda: self._prepare(first, until, held))
+            for step in self.steps:
+                results[step.name] = self._do(step)
+                if step.name == until:
+                    break
+            if first is not None:
+                parallel.on_main(lambda: self._write_run_file(None))
         return results
 
-    def _prepare(self, first: str | None, until: str | None) -> dict[str, str]:
-        """Checks everything and clears what is to be done again. Returns the steps' fingerprints."""
+    def _prepare(self, first: str | None, until: str | None, held: ExitStack) -> dict[str, str]:
+        """Checks everything, locks the output and clears what is to be done again. Returns the steps' fingerprints."""
         names = self.step_names
         for name in (first, until):
             if name is not None and name not in names:
@@ -354,6 +356,9 @@ class UpcycleRun:
         if first and until and names.index(until) < names.index(first):
             raise HyLoError(f"--until {until} comes before --from {first}; expected a step after it")
         self._check_output()
+        existed = self.output.is_dir()
+        if existed:
+            held.enter_context(locked(self.output))
         fingerprints = self._fingerprints
         redo = names[names.index(first) :] if first else []
         asked = {"from": first, "until": until, "fingerprint": fingerprints[names[-1]]} if first else None
@@ -367,6 +372,8 @@ class UpcycleRun:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HyLoError(f"cannot write to {self.output}: {error.strerror}") from None
+        if not existed:
+            held.enter_context(locked(self.output))
         self._write_run_file(None)
         # What a run that was killed had begun.
         for leftover in self.output.glob(".*.partial-*"):
@@ -395,7 +402,7 @@ class UpcycleRun:
         if self.output.is_dir() and not (self.output / _RUN_FILE).is_file():
             # A first run that stopped early may have left a dequantised model, or part of one, or of its own file.
             names = sorted(entry.name for entry in self.output.iterdir())
-            ours = ("base", "teacher", partial_of(self.output / _RUN_FILE).name)
+            ours = ("base", "teacher", LOCK_FILE, partial_of(self.output / _RUN_FILE).name)
             foreign = [name for name in names if name not in ours and ".partial-" not in name]
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")

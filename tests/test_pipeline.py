@@ -17,6 +17,7 @@ from hylo.data.windows import make_windows
 from hylo.distill.recipe import CheckpointsSection, Recipe, parse_recipe
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import evaluate, make_reference
+from hylo.lock import locked
 from hylo.pipeline import UpcycleRun
 from hylo.upcycle.bases import load_model, weights_digest
 
@@ -187,6 +188,20 @@ def test_unknown_steps(recipe: Recipe, tmp_path: Path, name: str) -> None:
     with pytest.raises(HyLoError, match=r"'stage9'.*stage1, stage2"):
         UpcycleRun(recipe, tmp_path / "run").run(**{name: "stage9"})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_leaves_the_first_alone(run_folder: Path, recipe: Recipe) -> None:
+    """What it is at work on would look like the leftovers of a run that was killed."""
+    partial = run_folder / ".stage2.partial-1234"
+    partial.mkdir()
+    with locked(run_folder), pytest.raises(HyLoError, match="another run is at work"):
+        UpcycleRun(recipe, run_folder).run(first="stage2")
+    assert partial.is_dir()
+    assert (run_folder / "stage2").is_dir()
+    # A lock that nobody holds any more is none.
+    (run_folder / ".lock").touch()
+    UpcycleRun(recipe, run_folder).run()
+    assert names(run_folder) == {*STEPS, "run.json"}
 
 
 def test_asking_to_stop_before_the_first_step_keeps_what_is_there(run_folder: Path, recipe: Recipe) -> None:
