@@ -11,8 +11,8 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
+from hylo.config import HyLoConfig
 from hylo.data.prepare import Corpus
-from hylo.data.windows import make_windows
+from hylo.data.windows import Windows, make_windows
 from hylo.distill import parallel
 from hylo.distill.checkpoints import Checkpoints
 from hylo.distill.recipe import Recipe, StageSection
@@ -45,7 +46,7 @@ from hylo.upcycle.bases import (
     resolve_base,
     save_checkpoint,
 )
-from hylo.upcycle.calibrate import calibrate_checkpoint
+from hylo.upcycle.calibrate import calibrate_checkpoint, check_latents
 from hylo.upcycle.convert import DTYPES, plan_conversion, write_checkpoint
 from hylo.version import __version__
 
@@ -66,6 +67,15 @@ class Step:
     depends_on: Any
     action: Callable[[Path], dict[str, Any]]
     together: bool = False
+
+
+@contextmanager
+def _of(section: str) -> Iterator[None]:
+    """Says of which section of the recipe an error is."""
+    try:
+        yield
+    except HyLoError as error:
+        raise HyLoError(f"{section}: {error}") from None
 
 
 class UpcycleRun:
@@ -180,10 +190,15 @@ class UpcycleRun:
             write_checkpoint(plan, base, folder)
         return {"parameters": plan.parameters}
 
-    def _calibrate(self, folder: Path) -> dict[str, Any]:
+    def _calibration_windows(self) -> Windows | None:
         section = self.recipe.calibration
-        assert section is not None
-        windows = self.corpus.calibration(tokens=section.tokens, length=section.length, seed=self.recipe.seed)
+        if section is None:
+            return None
+        return self.corpus.calibration(tokens=section.tokens, length=section.length, seed=self.recipe.seed)
+
+    def _calibrate(self, folder: Path) -> dict[str, Any]:
+        section, windows = self.recipe.calibration, self._calibration_windows()
+        assert section is not None and windows is not None
         calibrate_checkpoint(
             self._previous("calibrate"),
             self.base_folder,
@@ -307,13 +322,14 @@ class UpcycleRun:
         if self.recipe.teacher is not None:
             resolve_base(self.recipe.teacher)
         with Base.open(self.base_folder) as base:
-            plan_conversion(
+            plan = plan_conversion(
                 base,
                 self.recipe.layout,
                 self.recipe.geometry,
                 start=self.recipe.start,
                 rope_scaling=self._rope_scaling,
             )
+        self._check_steps(plan.config)
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
             with Base.open(self.base_folder) as base:
@@ -323,6 +339,22 @@ class UpcycleRun:
                         f"teacher {self.recipe.teacher} has a head of {teacher.vocab_size} words, the base one of "
                         f"{base.config.vocab_size}"
                     )
+
+    def _check_steps(self, config: HyLoConfig) -> None:
+        """What later steps would refuse of the hybrid, and of text that is too short for their windows."""
+        recipe = self.recipe
+        if recipe.calibration is not None and recipe.calibration.latents:
+            check_latents(config)
+        replaces = any(config.mixer_of(i).replaces_attention for i in range(config.num_hidden_layers))
+        if recipe.stages and not replaces:
+            raise HyLoError(
+                f"{recipe.stages[0].name}: every layer of the layout is attention; there is nothing to train"
+            )
+        with _of("evaluation"):
+            # One window tells.
+            make_windows(self.corpus.evaluation, self.tokenizer, recipe.evaluation.length, limit_tokens=1)
+        with _of("calibration"):
+            self._calibration_windows()
 
     def run(self, first: str | None = None, until: str | None = None) -> dict[str, Any]:
         """Does the steps that are not done yet. Returns what each step kept, by name.

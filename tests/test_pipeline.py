@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from stages import KilledError, at_step
+from tiny import sentences, write_base
 
 from hylo.data.windows import make_windows
 from hylo.distill.recipe import CheckpointsSection, Recipe, parse_recipe
@@ -187,6 +188,28 @@ def test_a_stage_that_fails_leaves_nothing(base_folder: Path, text_folder: Path,
 def test_unknown_steps(recipe: Recipe, tmp_path: Path, name: str) -> None:
     with pytest.raises(HyLoError, match=r"'stage9'.*stage1, stage2"):
         UpcycleRun(recipe, tmp_path / "run").run(**{name: "stage9"})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"evaluation": {"tokens": 256, "length": 512}}, "evaluation: no document is long enough"),
+        ({"calibration": {"tokens": 256, "length": 512}}, "calibration: no document is long enough"),
+        ({"layout": "4ATT"}, "stage1: every layer of the layout is attention"),
+        ({"family": "qwen3", "calibration": {"tokens": 256, "length": 16, "latents": True}}, "latents is true"),
+    ],
+)
+def test_what_later_steps_would_refuse_is_refused_first(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
+    base = write_base(tmp_path / "base", family=changed.get("family", "llama"), head_dim=8)
+    changes = {key: value for key, value in changed.items() if key != "family"}
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": sentences(seed, 1)}) + "\n" for seed in range(40)))
+    values = {"base": str(base), "layout": "3MLA1ATT", "data": {"train": [str(texts)], "holdout": 0.2}}
+    stage = {"name": "stage1", "objective": "kl", "length": 32, "tokens": 64, "learning_rate": 1e-3}
+    recipe = parse_recipe(values | {"stages": [stage], "evaluation": {"tokens": 64, "length": 16}} | changes)
+    with pytest.raises(HyLoError, match=named):
+        UpcycleRun(recipe, tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hylo.config import HyLoConfig
 from hylo.data.windows import Windows
 from hylo.errors import HyLoError
 from hylo.mixers.mamba2 import Mamba2
@@ -142,7 +143,7 @@ def calibrate(
     if pairs and not latents:
         raise HyLoError("calibration: pairs is true; expected latents to be true as well, which makes the weights anew")
     if latents:
-        _check_latents(student)
+        check_latents(student.config)
     layers = student.model.decoder_layers
     if pairs:
         mla = [i for i, layer in enumerate(layers) if isinstance(layer.mixer, MultiHeadLatentAttention)]
@@ -198,9 +199,9 @@ def _with_first_tokens(batches: list[dict[str, Tensor]]) -> tuple[list[dict[str,
     return [*batches, *first], [1.0] * len(batches) + [_FIRST_SHARE * len(tokens) / len(alone)] * len(first)
 
 
-def _check_latents(student: HyLoForCausalLM) -> None:
-    mixers = student.config.token_mixers or []
-    if "mla" in mixers and student.config.qk_norm:
+def check_latents(config: HyLoConfig) -> None:
+    """Raises HyLoError where `latents` cannot be had of a hybrid."""
+    if "mla" in (config.token_mixers or []) and config.qk_norm:
         raise HyLoError(
             "calibration: latents is true; queries of this base have norms, through which they cannot be solved"
         )
