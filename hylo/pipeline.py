@@ -6,6 +6,7 @@ does not fit is refused, unless it is asked for by name. A stage that was stoppe
 `.NAME.checkpoints` beside its folder.
 """
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from hylo.config import HyLoConfig
@@ -29,7 +31,7 @@ from hylo.distill.checkpoints import Checkpoints
 from hylo.distill.recipe import Recipe, StageSection
 from hylo.distill.trainer import Carrying, resolve_report_to, train_stage
 from hylo.errors import HyLoError
-from hylo.evaluate.agreement import Scores, evaluate, make_reference
+from hylo.evaluate.agreement import Reference, Scores, evaluate, make_reference
 from hylo.evaluate.report import write_report
 from hylo.files import atomic_directory, partial_of, read_json, sync_tree, write_json
 from hylo.generate import continue_prompt
@@ -270,28 +272,36 @@ class UpcycleRun:
             self.corpus.evaluation, self.tokenizer, section.length, limit_tokens=section.tokens, seed=self.recipe.seed
         )
         batches = windows.batches(2)
-        scores: dict[str, Scores] = {}
-        samples: dict[str, str] = {}
-        base = self._model(self.base_folder)
-        teacher = base if self.recipe.teacher is None else self._model(self.teacher_folder)
         with autocast(self.device, self.dtype):
-            reference = make_reference(teacher, batches)
-            scores["base"] = evaluate(base, batches, reference, description="evaluate base")
-            samples["base"] = self._sample(base)
-            for name in self.checkpoints:
-                # The last one is scored as it is handed over, in its saved precision.
-                last = name == self.checkpoints[-1]
-                model = self._model(self.output / ("model" if last else name))
-                scores[name] = evaluate(model, batches, reference, description=f"evaluate {name}")
-            samples["hybrid"] = self._sample(model)
+            reference, scored = self._score_base(batches)
+            told = {"base": scored} | {name: self._score(name, batches, reference) for name in self.checkpoints}
+        samples = {"base": scored[1], "hybrid": told[self.checkpoints[-1]][1]}
         result = {
             "tokens": windows.tokens,
             "documents": windows.documents,
-            "scores": {name: score.as_dict() for name, score in scores.items()},
+            "scores": {name: score.as_dict() for name, (score, _) in told.items()},
             "samples": {name: text for name, text in samples.items() if text},
         }
         write_json(folder / "scores.json", result)
         return result
+
+    # Each of these lets go of its model before the next one is read.
+
+    def _score_base(self, batches: list[dict[str, Tensor]]) -> tuple[Reference, tuple[Scores, str]]:
+        """What the teacher makes of the text, and the base's scores with its sample."""
+        model = self._model(self.teacher_folder)
+        reference = make_reference(model, batches)
+        if self.recipe.teacher is not None:
+            del model
+            model = self._model(self.base_folder)
+        return reference, (evaluate(model, batches, reference, description="evaluate base"), self._sample(model))
+
+    def _score(self, name: str, batches: list[dict[str, Tensor]], reference: Reference) -> tuple[Scores, str]:
+        """Of a checkpoint; the last one is scored as it is handed over, in its saved precision, and has a sample."""
+        last = name == self.checkpoints[-1]
+        model = self._model(self.output / ("model" if last else name))
+        scores = evaluate(model, batches, reference, description=f"evaluate {name}")
+        return scores, self._sample(model) if last else ""
 
     def _sample(self, model: PreTrainedModel) -> str:
         section = self.recipe.evaluation
@@ -476,6 +486,8 @@ class UpcycleRun:
 
     def _carry_out(self, step: Step) -> dict[str, Any]:
         start = time.monotonic()
+        # Models of the step before may be held in circles.
+        gc.collect()
         with ExitStack() as stack:
 
             def begin() -> Path:

@@ -1,10 +1,12 @@
 """The whole road on a tiny base: steps, going on, refusing, failing, and the report."""
 
+import gc
 import importlib.util
 import json
 import os
 import resource
 import shutil
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from stages import KilledError, at_step
 from tiny import sentences, write_base
 
+from hylo import pipeline
 from hylo.data.windows import make_windows
 from hylo.distill.recipe import CheckpointsSection, Recipe, parse_recipe
 from hylo.errors import HyLoError
@@ -365,6 +368,24 @@ def test_report(finished: Path, recipe: Recipe, base_folder: Path) -> None:
     assert set(report["seconds"]) == set(STEPS[:-1])
     assert report["recipe"] == json.loads(json.dumps(recipe.model_dump()))
     assert report["environment"]["peak_memory_bytes"] > 50e6
+
+
+def test_evaluation_holds_one_model_at_a_time(
+    run_folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def load(*arguments: Any) -> Any:
+        nonlocal most
+        gc.collect()
+        alive.add(model := load_model(*arguments))
+        most = max(most, len(alive))
+        return model
+
+    monkeypatch.setattr(pipeline, "load_model", load)
+    UpcycleRun(recipe, run_folder).run(first="evaluate", until="evaluate")
+    assert most == 1
 
 
 def test_plot(finished: Path) -> None:
