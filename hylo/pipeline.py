@@ -29,6 +29,7 @@ from hylo.data.windows import Windows, make_windows
 from hylo.distill import parallel
 from hylo.distill.checkpoints import Checkpoints
 from hylo.distill.recipe import Recipe, StageSection
+from hylo.distill.teacher import as_hybrid
 from hylo.distill.trainer import Carrying, resolve_report_to, train_stage
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import Reference, Scores, evaluate, make_reference
@@ -36,6 +37,7 @@ from hylo.evaluate.report import write_report
 from hylo.files import atomic_directory, partial_of, read_json, sync_tree, write_json
 from hylo.generate import continue_prompt
 from hylo.lock import LOCK_FILE, locked
+from hylo.modeling import HyLoForCausalLM
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.progress import console
 from hylo.upcycle.bases import (
@@ -134,9 +136,9 @@ class UpcycleRun:
     def _model(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         return load_model(folder, dtype).to(self.device)
 
-    def _trained_model(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def _trained_model(self, folder: Path) -> PreTrainedModel:
         """Of several ranks each puts its own part of a layer on its GPU, so that none needs room for the whole."""
-        return load_model(folder, dtype) if parallel.world_size() > 1 else self._model(folder, dtype)
+        return load_model(folder, torch.float32) if parallel.world_size() > 1 else self._model(folder)
 
     # The steps.
 
@@ -234,11 +236,7 @@ class UpcycleRun:
         tokens = stage.steps * stage.tokens_per_step
         windows = parallel.main_first(lambda: self.corpus.prepare(tokens=tokens, length=stage.length, seed=seed))
         student = self._trained_model(self._previous(stage.name))
-        if stage.objective == "layerwise":
-            teacher = self._trained_model(self.base_folder)
-        else:
-            # Frozen, so it is kept in what it computes in.
-            teacher = self._trained_model(self.teacher_folder, self.dtype)
+        teacher = self._stage_teacher(stage)
         carrying = Carrying(
             checkpoints=checkpoints,
             when=self.recipe.checkpoints,
@@ -256,6 +254,17 @@ class UpcycleRun:
             save_checkpoint(finished, folder, self.base_folder)
         result = {"tokens": windows.tokens, "sources": [asdict(source) for source in windows.sources], "logs": logs}
         return result if resume is None else result | {"seconds_before": round(resume.state["seconds"], 1)}
+
+    def _stage_teacher(self, stage: StageSection) -> PreTrainedModel:
+        """On the CPU where it is read as a hybrid: the stage puts it where it is to be, which may be there."""
+        if stage.objective == "layerwise":
+            teacher = as_hybrid(load_model(self.base_folder, torch.float32))
+        else:
+            # Frozen, so it is kept in what it computes in.
+            teacher = as_hybrid(load_model(self.teacher_folder, self.dtype))
+        # Others are asked for their logits first.
+        own = isinstance(teacher, HyLoForCausalLM) or parallel.world_size() > 1
+        return teacher if own else teacher.to(self.device)
 
     def _stage_checkpoints(self, name: str) -> Checkpoints:
         root = self.output / f".{name}.checkpoints"

@@ -16,7 +16,7 @@ import torch
 from stages import KilledError, at_step
 from tiny import sentences, write_base
 
-from hylo import pipeline
+from hylo import HyLoForCausalLM, pipeline
 from hylo.data.windows import make_windows
 from hylo.distill.recipe import CheckpointsSection, Recipe, parse_recipe
 from hylo.errors import HyLoError
@@ -386,6 +386,36 @@ def test_evaluation_holds_one_model_at_a_time(
     monkeypatch.setattr(pipeline, "load_model", load)
     UpcycleRun(recipe, run_folder).run(first="evaluate", until="evaluate")
     assert most == 1
+
+
+def test_a_stage_gets_a_teacher_that_nothing_else_holds(
+    run_folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the stage puts it where it is to be: what else held its weights on a GPU would keep them there."""
+    read: list[weakref.ref[Any]] = []
+    sent: list[Path] = []
+    model_on_device = UpcycleRun._model
+
+    def load(*arguments: Any) -> Any:
+        read.append(weakref.ref(model := load_model(*arguments)))
+        return model
+
+    def send(self: UpcycleRun, folder: Path, *arguments: Any) -> Any:
+        sent.append(folder)
+        return model_on_device(self, folder, *arguments)
+
+    def train(stage: Any, student: Any, teacher: Any, *_: Any, **__: Any) -> None:
+        gc.collect()
+        assert isinstance(teacher, HyLoForCausalLM)
+        assert [model() for model in read] == [student, None]
+        raise KilledError
+
+    monkeypatch.setattr(pipeline, "load_model", load)
+    monkeypatch.setattr(UpcycleRun, "_model", send)
+    monkeypatch.setattr(pipeline, "train_stage", train)
+    with pytest.raises(KilledError):
+        UpcycleRun(recipe, run_folder).run(first="stage2")
+    assert sent == [run_folder / "stage1"]
 
 
 def test_plot(finished: Path) -> None:
