@@ -316,11 +316,11 @@ def _solve_gates(layer: HyLoDecoderLayer, teacher_layer: torch.nn.Module, text: 
                 lags.add(layer.input_layernorm(hidden), real, arguments["position_embeddings"])
         set_value_taps(mixer, lags)
     statistics = GateStatistics(mixer, weights)
-    for hidden, real, arguments, _, context in text:
+    for hidden, real, arguments, weight, context in text:
         x = layer.input_layernorm(hidden)
         attended = reaching(projection, partial(teacher_layer, hidden, **arguments))
         read = reaching(norm, partial(mixer, x, **context.arguments(mixer), past_key_values=None))
-        statistics.add(x[real], attended[real].unflatten(-1, (len(weights.query), -1)), read[real])
+        statistics.add(x[real], attended[real].unflatten(-1, (len(weights.query), -1)), read[real], weight)
     statistics.apply()
 
 
