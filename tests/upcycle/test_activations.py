@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import convert_base, random_ids, statistics_of, write_base
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hylo.errors import HyLoError
+from hylo.evaluate.layers import mixer_errors
 from hylo.mixers.mla import MLAGeometry
 from hylo.upcycle.activations import AttentionStatistics, AttentionWeights, LagStatistics, as_complex, as_real
 from hylo.upcycle.bases import Base, load_model
@@ -163,6 +165,21 @@ def test_latents_follow_the_students_own_yarn(tmp_path: Path) -> None:
     mla.model.layers[0].mixer.o_proj.weight.copy_(output)
     ids = random_ids(4, 16)
     torch.testing.assert_close(mla(ids).logits, attention(ids).logits, rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_kv_head_that_is_all_zero(tmp_path: Path) -> None:
+    """The latent has more values than there is to keep."""
+    base = write_base(tmp_path / "base", num_hidden_layers=1)
+    tensors = load_file(base / "model.safetensors")
+    for name in ("k_proj", "v_proj"):
+        tensors[f"model.layers.0.self_attn.{name}.weight"][:8] = 0
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"kv_lora_rank": 24, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}
+    convert_base(base, tmp_path / "hybrid", "1MLA", {"mla": sizes})
+    student, teacher = load_model(tmp_path / "hybrid", torch.float32), load_model(base, torch.float32)
+    calibrate(student, teacher, [batch_of(8) for _ in range(4)], latents=True)
+    assert mixer_errors(student, teacher, [batch_of(4)])[0] < 0.5
 
 
 def test_yarn_leaves_the_gains_of_pairs_as_they_are(teacher: LlamaForCausalLM) -> None:

@@ -28,6 +28,8 @@ from hylo.upcycle.initialise.nope import scale_nope
 _KEY_WEIGHT = 8.0
 # Of the mean eigenvalue: directions that the text hardly has are not left without any weight.
 _FLOOR = 1e-5
+# Of the mean eigenvalue of a latent's Gram matrix: least squares stay as they are, and have a solution.
+_SINGULAR = 1e-10
 
 
 class ActivationDecomposition:
@@ -151,7 +153,10 @@ class ActivationDecomposition:
     def _from_latent(self, rows: Tensor, moment: Tensor) -> Tensor:
         """The least-squares map `[n, r]` from the latent to `rows` of the input, `[n, d]`."""
         latent = self._latent
-        return torch.linalg.solve(latent @ moment @ latent.T, latent @ moment @ rows.T).T
+        gram = latent @ moment @ latent.T
+        # Where keys and values are of a lower rank than the latent, as with a head that is all zero.
+        gram.diagonal().add_((_SINGULAR * gram.diagonal().mean()).clamp_min(1e-30))
+        return torch.linalg.solve(gram, latent @ moment @ rows.T).T
 
     @cached_property
     def _nope(self) -> tuple[Tensor, Tensor]:
