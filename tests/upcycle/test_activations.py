@@ -37,6 +37,22 @@ def test_streaming_equals_whole(teacher: LlamaForCausalLM) -> None:
         torch.testing.assert_close(getattr(streamed, name), getattr(whole, name), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_queries_in_blocks_equal_all_at_once(
+    teacher: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    teacher.config.sliding_window = window
+    batch = batch_of(2)
+    whole = statistics_of(teacher, batch)
+    # Seven of 24 queries at a time.
+    monkeypatch.setattr("hylo.upcycle.activations._SCORES_TOGETHER", (7 * 24, 7 * 24))
+    blocks = statistics_of(teacher, batch)
+    assert whole.weights.window == window
+    for name in SUMS:
+        expected = getattr(whole, name)
+        torch.testing.assert_close(getattr(blocks, name), expected, rtol=0, atol=1e-6 * expected.norm().item())
+
+
 def test_padding_counts_for_nothing(teacher: LlamaForCausalLM) -> None:
     short = batch_of(2, 16)
     padded = {
