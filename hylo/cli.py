@@ -143,6 +143,7 @@ def convert(
         ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of that text.")] = 50_000,
+    calibration_length: Annotated[int, typer.Option(min=2, help="Tokens of a window of it.")] = 512,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, tensor by tensor; write nothing.")
     ] = False,
@@ -184,7 +185,14 @@ def convert(
             assert output is not None
             if calibration_text:
                 _convert_calibrated(
-                    plan, opened, output, calibration_text, calibration_tokens, overwrite, Path(scratch)
+                    plan,
+                    opened,
+                    output,
+                    calibration_text,
+                    calibration_tokens,
+                    calibration_length,
+                    overwrite,
+                    Path(scratch),
                 )
             else:
                 execute(plan, opened, output, overwrite=overwrite)
@@ -196,7 +204,7 @@ def convert(
 
 
 def _convert_calibrated(
-    plan: Any, base: Any, output: Path, text: list[str], tokens: int, overwrite: bool, scratch: Path
+    plan: Any, base: Any, output: Path, text: list[str], tokens: int, length: int, overwrite: bool, scratch: Path
 ) -> None:
     """Converts into `scratch`, calibrates, and writes the calibrated checkpoint alone."""
     import dataclasses
@@ -212,7 +220,7 @@ def _convert_calibrated(
     from hylo.upcycle.convert import write_checkpoint
 
     documents = read_documents(text)
-    windows = make_windows(documents, load_tokenizer(base.folder), length=512, limit_tokens=tokens)
+    windows = make_windows(documents, load_tokenizer(base.folder), length, limit_tokens=tokens)
     converted = scratch / "converted"
     converted.mkdir()
     with atomic_directory(output, overwrite=overwrite) as work:

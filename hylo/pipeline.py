@@ -6,45 +6,51 @@ does not fit is refused, unless it is asked for by name. A stage that was stoppe
 `.NAME.checkpoints` beside its folder.
 """
 
+import gc
 import hashlib
 import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
+from hylo.config import HyLoConfig
 from hylo.data.prepare import Corpus
-from hylo.data.windows import make_windows
+from hylo.data.windows import Windows, make_windows
 from hylo.distill import parallel
 from hylo.distill.checkpoints import Checkpoints
 from hylo.distill.recipe import Recipe, StageSection
+from hylo.distill.teacher import as_hybrid
 from hylo.distill.trainer import Carrying, resolve_report_to, train_stage
 from hylo.errors import HyLoError
-from hylo.evaluate.agreement import Scores, evaluate, make_reference
+from hylo.evaluate.agreement import Reference, Scores, evaluate, make_reference
 from hylo.evaluate.report import write_report
 from hylo.files import atomic_directory, partial_of, read_json, sync_tree, write_json
 from hylo.generate import continue_prompt
+from hylo.lock import LOCK_FILE, locked
+from hylo.modeling import HyLoForCausalLM
 from hylo.precision import autocast, default_device, resolve_precision
 from hylo.progress import console
 from hylo.upcycle.bases import (
     Base,
+    base_digest,
     check_same_vocabulary,
     load_model,
     load_tokenizer,
     model_folder,
     resolve_base,
     save_checkpoint,
-    weights_digest,
 )
-from hylo.upcycle.calibrate import calibrate_checkpoint
+from hylo.upcycle.calibrate import calibrate_checkpoint, check_latents
 from hylo.upcycle.convert import DTYPES, plan_conversion, write_checkpoint
 from hylo.version import __version__
 
@@ -65,6 +71,15 @@ class Step:
     depends_on: Any
     action: Callable[[Path], dict[str, Any]]
     together: bool = False
+
+
+@contextmanager
+def _of(section: str) -> Iterator[None]:
+    """Says of which section of the recipe an error is."""
+    try:
+        yield
+    except HyLoError as error:
+        raise HyLoError(f"{section}: {error}") from None
 
 
 class UpcycleRun:
@@ -107,11 +122,11 @@ class UpcycleRun:
 
     @cached_property
     def _base_digest(self) -> str:
-        return weights_digest(resolve_base(self.recipe.base))
+        return base_digest(resolve_base(self.recipe.base))
 
     @cached_property
     def _teacher_digest(self) -> str | None:
-        return weights_digest(resolve_base(self.recipe.teacher)) if self.recipe.teacher is not None else None
+        return base_digest(resolve_base(self.recipe.teacher)) if self.recipe.teacher is not None else None
 
     @property
     def _data(self) -> list[Any]:
@@ -121,9 +136,9 @@ class UpcycleRun:
     def _model(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         return load_model(folder, dtype).to(self.device)
 
-    def _trained_model(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def _trained_model(self, folder: Path) -> PreTrainedModel:
         """Of several ranks each puts its own part of a layer on its GPU, so that none needs room for the whole."""
-        return load_model(folder, dtype) if parallel.world_size() > 1 else self._model(folder, dtype)
+        return load_model(folder, torch.float32) if parallel.world_size() > 1 else self._model(folder)
 
     # The steps.
 
@@ -179,10 +194,15 @@ class UpcycleRun:
             write_checkpoint(plan, base, folder)
         return {"parameters": plan.parameters}
 
-    def _calibrate(self, folder: Path) -> dict[str, Any]:
+    def _calibration_windows(self) -> Windows | None:
         section = self.recipe.calibration
-        assert section is not None
-        windows = self.corpus.calibration(tokens=section.tokens, length=section.length, seed=self.recipe.seed)
+        if section is None:
+            return None
+        return self.corpus.calibration(tokens=section.tokens, length=section.length, seed=self.recipe.seed)
+
+    def _calibrate(self, folder: Path) -> dict[str, Any]:
+        section, windows = self.recipe.calibration, self._calibration_windows()
+        assert section is not None and windows is not None
         calibrate_checkpoint(
             self._previous("calibrate"),
             self.base_folder,
@@ -216,11 +236,7 @@ class UpcycleRun:
         tokens = stage.steps * stage.tokens_per_step
         windows = parallel.main_first(lambda: self.corpus.prepare(tokens=tokens, length=stage.length, seed=seed))
         student = self._trained_model(self._previous(stage.name))
-        if stage.objective == "layerwise":
-            teacher = self._trained_model(self.base_folder)
-        else:
-            # Frozen, so it is kept in what it computes in.
-            teacher = self._trained_model(self.teacher_folder, self.dtype)
+        teacher = self._stage_teacher(stage)
         carrying = Carrying(
             checkpoints=checkpoints,
             when=self.recipe.checkpoints,
@@ -239,6 +255,17 @@ class UpcycleRun:
         result = {"tokens": windows.tokens, "sources": [asdict(source) for source in windows.sources], "logs": logs}
         return result if resume is None else result | {"seconds_before": round(resume.state["seconds"], 1)}
 
+    def _stage_teacher(self, stage: StageSection) -> PreTrainedModel:
+        """On the CPU where it is read as a hybrid: the stage puts it where it is to be, which may be there."""
+        if stage.objective == "layerwise":
+            teacher = as_hybrid(load_model(self.base_folder, torch.float32))
+        else:
+            # Frozen, so it is kept in what it computes in.
+            teacher = as_hybrid(load_model(self.teacher_folder, self.dtype))
+        # Others are asked for their logits first.
+        own = isinstance(teacher, HyLoForCausalLM) or parallel.world_size() > 1
+        return teacher if own else teacher.to(self.device)
+
     def _stage_checkpoints(self, name: str) -> Checkpoints:
         root = self.output / f".{name}.checkpoints"
         return Checkpoints(name, root, self._fingerprints[name], self.recipe.checkpoints.keep)
@@ -254,28 +281,36 @@ class UpcycleRun:
             self.corpus.evaluation, self.tokenizer, section.length, limit_tokens=section.tokens, seed=self.recipe.seed
         )
         batches = windows.batches(2)
-        scores: dict[str, Scores] = {}
-        samples: dict[str, str] = {}
-        base = self._model(self.base_folder)
-        teacher = base if self.recipe.teacher is None else self._model(self.teacher_folder)
         with autocast(self.device, self.dtype):
-            reference = make_reference(teacher, batches)
-            scores["base"] = evaluate(base, batches, reference, description="evaluate base")
-            samples["base"] = self._sample(base)
-            for name in self.checkpoints:
-                # The last one is scored as it is handed over, in its saved precision.
-                last = name == self.checkpoints[-1]
-                model = self._model(self.output / ("model" if last else name))
-                scores[name] = evaluate(model, batches, reference, description=f"evaluate {name}")
-            samples["hybrid"] = self._sample(model)
+            reference, scored = self._score_base(batches)
+            told = {"base": scored} | {name: self._score(name, batches, reference) for name in self.checkpoints}
+        samples = {"base": scored[1], "hybrid": told[self.checkpoints[-1]][1]}
         result = {
             "tokens": windows.tokens,
             "documents": windows.documents,
-            "scores": {name: score.as_dict() for name, score in scores.items()},
+            "scores": {name: score.as_dict() for name, (score, _) in told.items()},
             "samples": {name: text for name, text in samples.items() if text},
         }
         write_json(folder / "scores.json", result)
         return result
+
+    # Each of these lets go of its model before the next one is read.
+
+    def _score_base(self, batches: list[dict[str, Tensor]]) -> tuple[Reference, tuple[Scores, str]]:
+        """What the teacher makes of the text, and the base's scores with its sample."""
+        model = self._model(self.teacher_folder)
+        reference = make_reference(model, batches)
+        if self.recipe.teacher is not None:
+            del model
+            model = self._model(self.base_folder)
+        return reference, (evaluate(model, batches, reference, description="evaluate base"), self._sample(model))
+
+    def _score(self, name: str, batches: list[dict[str, Tensor]], reference: Reference) -> tuple[Scores, str]:
+        """Of a checkpoint; the last one is scored as it is handed over, in its saved precision, and has a sample."""
+        last = name == self.checkpoints[-1]
+        model = self._model(self.output / ("model" if last else name))
+        scores = evaluate(model, batches, reference, description=f"evaluate {name}")
+        return scores, self._sample(model) if last else ""
 
     def _sample(self, model: PreTrainedModel) -> str:
         section = self.recipe.evaluation
@@ -306,13 +341,14 @@ class UpcycleRun:
         if self.recipe.teacher is not None:
             resolve_base(self.recipe.teacher)
         with Base.open(self.base_folder) as base:
-            plan_conversion(
+            plan = plan_conversion(
                 base,
                 self.recipe.layout,
                 self.recipe.geometry,
                 start=self.recipe.start,
                 rope_scaling=self._rope_scaling,
             )
+        self._check_steps(plan.config)
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
             with Base.open(self.base_folder) as base:
@@ -323,6 +359,22 @@ class UpcycleRun:
                         f"{base.config.vocab_size}"
                     )
 
+    def _check_steps(self, config: HyLoConfig) -> None:
+        """What later steps would refuse of the hybrid, and of text that is too short for their windows."""
+        recipe = self.recipe
+        if recipe.calibration is not None and recipe.calibration.latents:
+            check_latents(config)
+        replaces = any(config.mixer_of(i).replaces_attention for i in range(config.num_hidden_layers))
+        if recipe.stages and not replaces:
+            raise HyLoError(
+                f"{recipe.stages[0].name}: every layer of the layout is attention; there is nothing to train"
+            )
+        with _of("evaluation"):
+            # One window tells.
+            make_windows(self.corpus.evaluation, self.tokenizer, recipe.evaluation.length, limit_tokens=1)
+        with _of("calibration"):
+            self._calibration_windows()
+
     def run(self, first: str | None = None, until: str | None = None) -> dict[str, Any]:
         """Does the steps that are not done yet. Returns what each step kept, by name.
 
@@ -332,21 +384,22 @@ class UpcycleRun:
             until: stop after this step.
 
         Raises:
-            HyLoError: on bad input, or where a step was done with another recipe.
+            HyLoError: on bad input, where a step was done with another recipe, or another run is at work in the output.
         """
         parallel.begin()
-        self._fingerprints = parallel.on_main(lambda: self._prepare(first, until))
         results = {}
-        for step in self.steps:
-            results[step.name] = self._do(step)
-            if step.name == until:
-                break
-        if first is not None:
-            parallel.on_main(lambda: self._write_run_file(None))
+        with ExitStack() as held:
+            self._fingerprints = parallel.on_main(lambda: self._prepare(first, until, held))
+            for step in self.steps:
+                results[step.name] = self._do(step)
+                if step.name == until:
+                    break
+            if first is not None:
+                parallel.on_main(lambda: self._write_run_file(None))
         return results
 
-    def _prepare(self, first: str | None, until: str | None) -> dict[str, str]:
-        """Checks everything and clears what is to be done again. Returns the steps' fingerprints."""
+    def _prepare(self, first: str | None, until: str | None, held: ExitStack) -> dict[str, str]:
+        """Checks everything, locks the output and clears what is to be done again. Returns the steps' fingerprints."""
         names = self.step_names
         for name in (first, until):
             if name is not None and name not in names:
@@ -354,6 +407,9 @@ class UpcycleRun:
         if first and until and names.index(until) < names.index(first):
             raise HyLoError(f"--until {until} comes before --from {first}; expected a step after it")
         self._check_output()
+        existed = self.output.is_dir()
+        if existed:
+            held.enter_context(locked(self.output))
         fingerprints = self._fingerprints
         redo = names[names.index(first) :] if first else []
         asked = {"from": first, "until": until, "fingerprint": fingerprints[names[-1]]} if first else None
@@ -367,6 +423,8 @@ class UpcycleRun:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HyLoError(f"cannot write to {self.output}: {error.strerror}") from None
+        if not existed:
+            held.enter_context(locked(self.output))
         self._write_run_file(None)
         # What a run that was killed had begun.
         for leftover in self.output.glob(".*.partial-*"):
@@ -395,7 +453,7 @@ class UpcycleRun:
         if self.output.is_dir() and not (self.output / _RUN_FILE).is_file():
             # A first run that stopped early may have left a dequantised model, or part of one, or of its own file.
             names = sorted(entry.name for entry in self.output.iterdir())
-            ours = ("base", "teacher", partial_of(self.output / _RUN_FILE).name)
+            ours = ("base", "teacher", LOCK_FILE, partial_of(self.output / _RUN_FILE).name)
             foreign = [name for name in names if name not in ours and ".partial-" not in name]
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
@@ -437,6 +495,8 @@ class UpcycleRun:
 
     def _carry_out(self, step: Step) -> dict[str, Any]:
         start = time.monotonic()
+        # Models of the step before may be held in circles.
+        gc.collect()
         with ExitStack() as stack:
 
             def begin() -> Path:

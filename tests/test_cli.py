@@ -181,6 +181,14 @@ def test_convert_with_calibration(run: Run, here: Path) -> None:
     assert not list((here / "scratch").iterdir())
 
 
+def test_calibration_on_short_texts(run: Run, here: Path) -> None:
+    (here / "short.txt").write_text("bado mila " * 20)
+    command = ["convert", "base", "out", "--layout", "2MLA2GDN", "--calibrate", "short.txt"]
+    assert "choose a smaller length" in run(*command).err
+    result = run(*command, "--calibration-length", "16")
+    assert result.code == 0, result.err
+
+
 def test_dry_run_writes_nothing(run: Run, here: Path) -> None:
     before = everything(here)
     result = run("convert", "base", "--layout", MIXED_LAYOUT, "--dry-run", "--json")

@@ -1,10 +1,12 @@
 """The whole road on a tiny base: steps, going on, refusing, failing, and the report."""
 
+import gc
 import importlib.util
 import json
 import os
 import resource
 import shutil
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 from stages import KilledError, at_step
+from tiny import sentences, write_base
 
+from hylo import HyLoForCausalLM, pipeline
 from hylo.data.windows import make_windows
 from hylo.distill.recipe import CheckpointsSection, Recipe, parse_recipe
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import evaluate, make_reference
+from hylo.lock import locked
 from hylo.pipeline import UpcycleRun
-from hylo.upcycle.bases import load_model
+from hylo.upcycle.bases import load_model, weights_digest
 
 STEPS = ["convert", "calibrate", "stage1", "stage2", "model", "evaluate", "report"]
 
@@ -84,6 +89,21 @@ def test_training_moved_the_model(finished: Path) -> None:
     weights = [load_model(finished / name).model.layers[0].mixer.o_proj.weight for name in STEPS[:4]]
     for before, after in pairwise(weights):
         assert not torch.equal(before, after)
+
+
+def test_no_two_steps_have_the_same_weights(finished: Path) -> None:
+    assert len({weights_digest(finished / name) for name in STEPS[:4]}) == 4
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_base_that_changed_is_noticed(base_folder: Path, text_folder: Path, tmp_path: Path, name: str) -> None:
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    recipe = make_recipe(base, text_folder)
+    run = tmp_path / "other"
+    UpcycleRun(recipe, run).run(until="convert")
+    (base / name).write_text((base / name).read_text() + " ")
+    with pytest.raises(HyLoError, match="another recipe"):
+        UpcycleRun(recipe, run).run(until="convert")
 
 
 def test_a_second_run_does_nothing(finished: Path, recipe: Recipe) -> None:
@@ -172,6 +192,42 @@ def test_unknown_steps(recipe: Recipe, tmp_path: Path, name: str) -> None:
     with pytest.raises(HyLoError, match=r"'stage9'.*stage1, stage2"):
         UpcycleRun(recipe, tmp_path / "run").run(**{name: "stage9"})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"evaluation": {"tokens": 256, "length": 512}}, "evaluation: no document is long enough"),
+        ({"calibration": {"tokens": 256, "length": 512}}, "calibration: no document is long enough"),
+        ({"layout": "4ATT"}, "stage1: every layer of the layout is attention"),
+        ({"family": "qwen3", "calibration": {"tokens": 256, "length": 16, "latents": True}}, "latents is true"),
+    ],
+)
+def test_what_later_steps_would_refuse_is_refused_first(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
+    base = write_base(tmp_path / "base", family=changed.get("family", "llama"), head_dim=8)
+    changes = {key: value for key, value in changed.items() if key != "family"}
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": sentences(seed, 1)}) + "\n" for seed in range(40)))
+    values = {"base": str(base), "layout": "3MLA1ATT", "data": {"train": [str(texts)], "holdout": 0.2}}
+    stage = {"name": "stage1", "objective": "kl", "length": 32, "tokens": 64, "learning_rate": 1e-3}
+    recipe = parse_recipe(values | {"stages": [stage], "evaluation": {"tokens": 64, "length": 16}} | changes)
+    with pytest.raises(HyLoError, match=named):
+        UpcycleRun(recipe, tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_leaves_the_first_alone(run_folder: Path, recipe: Recipe) -> None:
+    """What it is at work on would look like the leftovers of a run that was killed."""
+    partial = run_folder / ".stage2.partial-1234"
+    partial.mkdir()
+    with locked(run_folder), pytest.raises(HyLoError, match="another run is at work"):
+        UpcycleRun(recipe, run_folder).run(first="stage2")
+    assert partial.is_dir()
+    assert (run_folder / "stage2").is_dir()
+    # A lock that nobody holds any more is none.
+    (run_folder / ".lock").touch()
+    UpcycleRun(recipe, run_folder).run()
+    assert names(run_folder) == {*STEPS, "run.json"}
 
 
 def test_asking_to_stop_before_the_first_step_keeps_what_is_there(run_folder: Path, recipe: Recipe) -> None:
@@ -312,6 +368,54 @@ def test_report(finished: Path, recipe: Recipe, base_folder: Path) -> None:
     assert set(report["seconds"]) == set(STEPS[:-1])
     assert report["recipe"] == json.loads(json.dumps(recipe.model_dump()))
     assert report["environment"]["peak_memory_bytes"] > 50e6
+
+
+def test_evaluation_holds_one_model_at_a_time(
+    run_folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def load(*arguments: Any) -> Any:
+        nonlocal most
+        gc.collect()
+        alive.add(model := load_model(*arguments))
+        most = max(most, len(alive))
+        return model
+
+    monkeypatch.setattr(pipeline, "load_model", load)
+    UpcycleRun(recipe, run_folder).run(first="evaluate", until="evaluate")
+    assert most == 1
+
+
+def test_a_stage_gets_a_teacher_that_nothing_else_holds(
+    run_folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the stage puts it where it is to be: what else held its weights on a GPU would keep them there."""
+    read: list[weakref.ref[Any]] = []
+    sent: list[Path] = []
+    model_on_device = UpcycleRun._model
+
+    def load(*arguments: Any) -> Any:
+        read.append(weakref.ref(model := load_model(*arguments)))
+        return model
+
+    def send(self: UpcycleRun, folder: Path, *arguments: Any) -> Any:
+        sent.append(folder)
+        return model_on_device(self, folder, *arguments)
+
+    def train(stage: Any, student: Any, teacher: Any, *_: Any, **__: Any) -> None:
+        gc.collect()
+        assert isinstance(teacher, HyLoForCausalLM)
+        assert [model() for model in read] == [student, None]
+        raise KilledError
+
+    monkeypatch.setattr(pipeline, "load_model", load)
+    monkeypatch.setattr(UpcycleRun, "_model", send)
+    monkeypatch.setattr(pipeline, "train_stage", train)
+    with pytest.raises(KilledError):
+        UpcycleRun(recipe, run_folder).run(first="stage2")
+    assert sent == [run_folder / "stage1"]
 
 
 def test_plot(finished: Path) -> None:

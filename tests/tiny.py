@@ -195,6 +195,6 @@ def statistics_of(teacher: LlamaForCausalLM, *batches: dict[str, Tensor], layer:
     statistics = AttentionStatistics(AttentionWeights.of(module.self_attn))
     for batch in batches:
         inputs = module.input_layernorm(trace_layers(teacher, batch).inputs[layer])
-        positions = enter_layers(teacher, batch)[1]["position_embeddings"]
+        positions = enter_layers(teacher, batch)[1][layer]["position_embeddings"]
         statistics.add(inputs, batch["attention_mask"].bool(), positions)
     return statistics

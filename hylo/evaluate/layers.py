@@ -142,14 +142,14 @@ def each_layer_alone(
             finals = []
             for states, (_, arguments), context in zip(hidden, entered, contexts, strict=True):
                 changed = layer(states, **context.arguments(layer.mixer), past_key_values=None)
-                for above in teacher_layers[i + 1 :]:
-                    changed = step_layer(above, changed, arguments)[1]
+                for above, own in zip(teacher_layers[i + 1 :], arguments[i + 1 :], strict=True):
+                    changed = step_layer(above, changed, own)[1]
                 finals.append(teacher.get_decoder().norm(changed))
             kl = score(finals, reference.head, batches, reference, f"layer {i} alone").kl
             assert kl is not None
             losses.append(kl)
             hidden = [
-                step_layer(teacher_layers[i], states, arguments)[1]
+                step_layer(teacher_layers[i], states, arguments[i])[1]
                 for states, (_, arguments) in zip(hidden, entered, strict=True)
             ]
             shown.advance(depth - i)
@@ -172,13 +172,13 @@ def mixer_errors(
         for states, batch in zip(hidden, batches, strict=True)
     ]
     errors: list[float] = []
-    for layer, teacher_layer in zip(student.model.decoder_layers, layers_of(teacher), strict=True):
+    for at, (layer, teacher_layer) in enumerate(zip(student.model.decoder_layers, layers_of(teacher), strict=True)):
         sums = torch.zeros(2, dtype=torch.float64)
         for i, (batch, context) in enumerate(zip(batches, contexts, strict=True)):
             mixed = layer.mixer(
                 layer.input_layernorm(hidden[i]), **context.arguments(layer.mixer), past_key_values=None
             )
-            target, hidden[i] = step_layer(teacher_layer, hidden[i], entered[i][1])
+            target, hidden[i] = step_layer(teacher_layer, hidden[i], entered[i][1][at])
             real = batch["attention_mask"].bool()
             sums += torch.stack(
                 [(mixed - target)[real].double().square().sum(), target[real].double().square().sum()]

@@ -12,6 +12,7 @@ from hylo.errors import HyLoError
 from hylo.files import expand_user, read_json
 from hylo.upcycle.bases import resolve_base
 from hylo.upcycle.families import check_family, check_named_family
+from hylo.upcycle.gguf_rope import restore_rope
 
 
 def read_config(reference: str) -> PreTrainedConfig:
@@ -21,7 +22,9 @@ def read_config(reference: str) -> PreTrainedConfig:
     """
     if reference.startswith("package:") or reference.endswith(".gguf"):
         file = resolve_base(reference)
-        return _load(file.parent, file, gguf_file=file.name)
+        config = _load(file.parent, file, gguf_file=file.name)
+        restore_rope(config, file)
+        return config
     file = _config_file(reference)
     check_named_family(read_json(file), file, HyLoConfig.model_type)
     return _load(file, file)

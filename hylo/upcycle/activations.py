@@ -60,7 +60,9 @@ class AttentionWeights:
         (query, query_bias), (key, key_bias), (value, value_bias) = map(part, ("q_proj", "k_proj", "v_proj"))
         output = attention.get_submodule("o_proj")
         assert isinstance(output, nn.Linear)
-        window = getattr(attention, "sliding_window", None)
+        # Mistral's layers leave it to the config; Qwen's each have their own, which may be none.
+        has_own = hasattr(attention, "sliding_window")
+        window = getattr(attention if has_own else attention.config, "sliding_window", None)
         return cls(
             query=query,
             key=key,
@@ -92,6 +94,7 @@ class AttentionStatistics:
         cost: sum of w over all queries and keys, `[H]`.
         queries: sum of w q q^T, `[H, hd, hd]`, before rotation.
         rotation: sum of w times the rotation from key to query of each pair, complex `[H, hd / 2]`.
+        attention_factor: on the base's cos and sin, as YaRN has one; `rotation` holds its square.
         keys: sum of w x x^T over keys, all heads together, `[d, d]`, x the layer's normed input.
         read: sum over queries and heads of z z^T, `[d, d]`, z = sum_j p_tj x_j: what reaches the values.
         inputs: sum of x x^T, `[d, d]`.
@@ -107,6 +110,7 @@ class AttentionStatistics:
         self.queries = like.new_zeros(heads, head_dim, head_dim)
         self.rotation = like.new_zeros(heads, head_dim // 2, dtype=torch.complex128)
         self.keys, self.read, self.inputs = (like.new_zeros(hidden, hidden) for _ in range(3))
+        self.attention_factor = 1.0
 
     def check(self) -> None:
         """Raises HyLoError where a sum is not finite."""
@@ -133,6 +137,7 @@ class AttentionStatistics:
         with torch.autocast(inputs.device.type, enabled=False):
             cos, sin = (x.float().expand(len(inputs), -1, -1) for x in position_embeddings)
             half = cos.shape[-1] // 2
+            self.attention_factor = torch.hypot(cos[0, 0, 0], sin[0, 0, 0]).item()
             for row in range(len(inputs)):
                 length = int(mask[row].sum())
                 turn = torch.complex(cos[row, :length, :half], sin[row, :length, :half])
@@ -141,31 +146,37 @@ class AttentionStatistics:
     def _add_sequence(self, x: Tensor, turn: Tensor) -> None:
         """x `[T, d]`, turn complex `[T, hd / 2]`."""
         weights, length = self.weights, len(x)
-        hidden = _unseen(length, weights.window, x.device)
         self.inputs += x.T @ x
         received = x.new_zeros(length)
-        # Many heads at once on a GPU, which is slow at many small steps; one on a CPU, whose caches are small.
-        together = max(1, _SCORES_TOGETHER[x.device.type == "cuda"] // length**2)
+        # Many heads at once on a GPU, which is slow at many small steps; one on a CPU, whose caches are small. Of one
+        # head as many queries, so that memory does not grow with the square of the length.
+        limit = _SCORES_TOGETHER[x.device.type == "cuda"]
+        together, block = max(1, limit // length**2), max(1, limit // length)
+        positions = torch.arange(length, device=x.device)
         for heads in torch.arange(len(weights.query), device=x.device).split(together):
             groups = heads // weights.groups
             query = x @ weights.query[heads].mT + weights.query_bias[heads][:, None]
-            key = x @ weights.key[groups].mT + weights.key_bias[groups][:, None]
+            key = _turned(x @ weights.key[groups].mT + weights.key_bias[groups][:, None], turn)
             # Of values only differences count, and a bias has none.
             value = x @ weights.value[groups].mT
-            scores = (_turned(query, turn) @ _turned(key, turn).mT) * weights.scale
-            attention = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-            mean, metric = attention @ value, weights.output_metric[heads]
-            sizes = (value @ metric * value).sum(-1), (mean @ metric * mean).sum(-1)
-            moved = (sizes[0][:, None] + sizes[1][..., None] - 2 * (mean @ metric) @ value.mT).clamp_min_(0)
-            cost = moved.mul_(attention.square())
-            sent = cost.sum(2)
-            received += cost.sum((0, 1))
-            self.cost[heads] += sent.sum(1)
-            self.queries[heads] += (query * sent[..., None]).mT @ query
-            past = torch.complex(cost @ turn.real, -(cost @ turn.imag))
-            self.rotation[heads] += (turn * past).sum(1)
-            read = (attention @ x).flatten(0, 1)
-            self.read += read.T @ read
+            metric = weights.output_metric[heads]
+            size = (value @ metric * value).sum(-1)
+            for rows in positions.split(block):
+                asked, turned = query[:, rows], turn[rows]
+                scores = (_turned(asked, turned) @ key.mT) * weights.scale
+                hidden = _unseen(rows, positions, weights.window)
+                attention = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+                mean = attention @ value
+                sizes = size[:, None] + (mean @ metric * mean).sum(-1)[..., None]
+                cost = (sizes - 2 * (mean @ metric) @ value.mT).clamp_min_(0).mul_(attention.square())
+                sent = cost.sum(2)
+                received += cost.sum((0, 1))
+                self.cost[heads] += sent.sum(1)
+                self.queries[heads] += (asked * sent[..., None]).mT @ asked
+                past = torch.complex(cost @ turn.real, -(cost @ turn.imag))
+                self.rotation[heads] += (turned * past).sum(1)
+                read = (attention @ x).flatten(0, 1)
+                self.read += read.T @ read
         self.keys += (x * received[:, None]).T @ x
 
 
@@ -188,10 +199,10 @@ class LagStatistics:
             x = inputs.float()[:, None]
             query = _turned(x @ weights.query.mT + weights.query_bias[:, None], turn)
             key = _turned(x @ weights.key.mT + weights.key_bias[:, None], turn)
+            positions = torch.arange(x.shape[-2], device=x.device)
             for head, group in enumerate(groups.tolist()):
                 scores = query[:, head] @ key[:, group].mT * weights.scale
-                attention = scores.masked_fill_(_unseen(scores.shape[-1], weights.window, x.device), -torch.inf)
-                attention = attention.softmax(-1)
+                attention = scores.masked_fill_(_unseen(positions, positions, weights.window), -torch.inf).softmax(-1)
                 for lag in range(count):
                     at = attention.diagonal(-lag, 1, 2)[:, count - lag :]
                     self.mass[head, lag] += (at * mask[:, count:]).sum()
@@ -202,10 +213,9 @@ class LagStatistics:
         return self.mass / self.mass.sum(1, keepdim=True).clamp_min(1e-30)
 
 
-def _unseen(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys a query does not see, bool `[T, T]`."""
-    positions = torch.arange(length, device=device)
-    distance = positions[:, None] - positions
+def _unseen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys a query does not see, bool `[Q, K]`, by their positions."""
+    distance = queries[:, None] - keys
     return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 

@@ -10,7 +10,7 @@ import io
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +26,12 @@ from hylo.errors import HyLoError
 from hylo.files import atomic_directory, expand_user, read_json, write_json
 from hylo.progress import console
 from hylo.upcycle.families import check_family, check_named_family
+from hylo.upcycle.gguf_rope import restore_rope
 
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 # Beside a dequantised GGUF model: what it was made from.
 _SOURCE_FILE = "gguf-source.json"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def resolve_base(reference: str | Path) -> Path:
@@ -107,15 +109,22 @@ def model_folder(reference: str | Path, materialise_to: Path) -> Path:
 
 
 def weights_digest(path: Path) -> str:
-    """A hash over the weight files of a resolved base: names, sizes, and the first and last MiB of each."""
+    """A hash over the weight files of a resolved base: their names, and all that they hold."""
+    return _digest([path] if path.is_file() else sorted(path.glob("*.safetensors")))
+
+
+def base_digest(path: Path) -> str:
+    """The same, over config, tokenizer, chat template and generation config too."""
+    if path.is_file():
+        return weights_digest(path)
+    return _digest([path / "config.json", *companion_files(path), *sorted(path.glob("*.safetensors"))])
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
+    for file in files:
         with file.open("rb") as opened:
-            digest.update(opened.read(2**20))
-            opened.seek(max(0, size - 2**20))
-            digest.update(opened.read(2**20))
+            digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\0".encode())
     return digest.hexdigest()
 
 
@@ -142,6 +151,7 @@ def _dequantise(gguf: Path, output: Path) -> None:
         raise HyLoError("reading GGUF needs the gguf package; install it with: pip install 'hylo[demo]'") from None
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise HyLoError(f"{gguf} is not a readable GGUF model: {str(error).splitlines()[0]}") from None
+    restore_rope(loaded.config, gguf)
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
     config = type(loaded.config)(**values)
@@ -189,6 +199,7 @@ class Base:
         else:
             for file in sorted(folder.glob("*.safetensors")):
                 base._file_of.update(dict.fromkeys(base._handle(file).keys(), file))
+        config.tie_word_embeddings = base._is_tied()
         return base
 
     def __enter__(self) -> "Base":
@@ -208,6 +219,13 @@ class Base:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def _is_tied(self) -> bool:
+        """Whether the head is the embedding. As in transformers, stored values win over the config."""
+        tied = bool(self.config.tie_word_embeddings)
+        if not tied or not all(name in self for name in (_HEAD, _EMBEDDING)):
+            return tied
+        return torch.equal(self.tensor(_HEAD), self.tensor(_EMBEDDING))
 
     @property
     def parameters(self) -> int:
@@ -266,6 +284,10 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
         if info.get(kind):
             first = sorted(map(str, info[kind]))[0]
             raise HyLoError(f"{folder}: {len(info[kind])} {kind.replace('_', ' ')}, first {first}")
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        # What is made of the model must not tie what the file keeps apart.
+        model.config.tie_word_embeddings = False
     return model.eval()
 
 

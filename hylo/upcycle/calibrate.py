@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hylo.config import HyLoConfig
 from hylo.data.windows import Windows
 from hylo.errors import HyLoError
 from hylo.mixers.mamba2 import Mamba2
@@ -142,7 +143,7 @@ def calibrate(
     if pairs and not latents:
         raise HyLoError("calibration: pairs is true; expected latents to be true as well, which makes the weights anew")
     if latents:
-        _check_latents(student)
+        check_latents(student.config)
     layers = student.model.decoder_layers
     if pairs:
         mla = [i for i, layer in enumerate(layers) if isinstance(layer.mixer, MultiHeadLatentAttention)]
@@ -153,7 +154,6 @@ def calibrate(
     batches, weights = _with_first_tokens(batches)
     entered = [enter_layers(teacher, batch) for batch in batches]
     teacher_hidden = [hidden for hidden, _ in entered]
-    arguments = [shared for _, shared in entered]
     student_hidden = list(teacher_hidden)
     contexts = [
         student.model.mixing_context(hidden, batch["attention_mask"])
@@ -162,12 +162,13 @@ def calibrate(
     real = [batch["attention_mask"].bool() for batch in batches]
     tokens = sum(int(mask.sum()) for mask in real)
     with bar("calibrate", tokens, "tokens") as shown:
-        for layer, teacher_layer in zip(layers, layers_of(teacher), strict=True):
+        for i, (layer, teacher_layer) in enumerate(zip(layers, layers_of(teacher), strict=True)):
             mixer, solved = layer.mixer, layer.mixer.replaces_attention
+            arguments = [by_layer[i] for _, by_layer in entered]
             text = list(zip(teacher_hidden, real, arguments, weights, contexts, strict=True))
             if latents and isinstance(mixer, MultiHeadLatentAttention):
                 _solve_latents(mixer, teacher_layer, text)
-            steps = [step_layer(teacher_layer, hidden, shared) for hidden, _, shared, _, _ in text]
+            steps = [step_layer(teacher_layer, hidden, own) for hidden, _, own, _, _ in text]
             inputs = student_hidden if sequential else teacher_hidden
             if solved:
                 starts = _starts(layer, teacher_layer, text, gates=gates, averages=averages)
@@ -198,9 +199,9 @@ def _with_first_tokens(batches: list[dict[str, Tensor]]) -> tuple[list[dict[str,
     return [*batches, *first], [1.0] * len(batches) + [_FIRST_SHARE * len(tokens) / len(alone)] * len(first)
 
 
-def _check_latents(student: HyLoForCausalLM) -> None:
-    mixers = student.config.token_mixers or []
-    if "mla" in mixers and student.config.qk_norm:
+def check_latents(config: HyLoConfig) -> None:
+    """Raises HyLoError where `latents` cannot be had of a hybrid."""
+    if "mla" in (config.token_mixers or []) and config.qk_norm:
         raise HyLoError(
             "calibration: latents is true; queries of this base have norms, through which they cannot be solved"
         )
@@ -315,11 +316,11 @@ def _solve_gates(layer: HyLoDecoderLayer, teacher_layer: torch.nn.Module, text: 
                 lags.add(layer.input_layernorm(hidden), real, arguments["position_embeddings"])
         set_value_taps(mixer, lags)
     statistics = GateStatistics(mixer, weights)
-    for hidden, real, arguments, _, context in text:
+    for hidden, real, arguments, weight, context in text:
         x = layer.input_layernorm(hidden)
         attended = reaching(projection, partial(teacher_layer, hidden, **arguments))
         read = reaching(norm, partial(mixer, x, **context.arguments(mixer), past_key_values=None))
-        statistics.add(x[real], attended[real].unflatten(-1, (len(weights.query), -1)), read[real])
+        statistics.add(x[real], attended[real].unflatten(-1, (len(weights.query), -1)), read[real], weight)
     statistics.apply()
 
 

@@ -31,7 +31,8 @@ _SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-# Their frequencies follow the length of the input, for whole heads only.
+# Their frequencies follow the longest document of the input, for whole heads only: documents packed into one row would
+# depend on each other.
 _MOVING_ROPE = ("dynamic", "longrope")
 
 
@@ -103,8 +104,11 @@ def hybrid_config(
     config = HyLoConfig(**values, token_mixers=list(mixers), mixer_geometry=sizes, base_model=source_name)
     config.architectures = ["HyLoForCausalLM"]
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type in _MOVING_ROPE and "mla" in mixers:
-        raise HyLoError(f"rope_type {rope_type!r} is not supported with MLA; convert with YaRN (rope_scaling) instead")
+    # With attention everywhere it is the base, as teachers are read.
+    if rope_type in _MOVING_ROPE and set(mixers) != {"attention"}:
+        raise HyLoError(
+            f"rope_type {rope_type!r} is not supported in hybrids; convert with YaRN (rope_scaling) instead"
+        )
     for name in sorted(set(mixers)):
         # Every mixer can be made from this base: so says the table of its rules.
         RULES["aligned"][name](config)

@@ -47,11 +47,14 @@ def resolve_geometry(
 
     A mapping with a key "paper" has the published sizes, and its own on top.
 
-    Raises HyLoError where no base of these sizes was published, or the text is not "paper".
+    Raises HyLoError where no base of these sizes was published, the text is not "paper", or sizes stand under "paper".
     """
     if not isinstance(geometry, str):
         if PAPER not in geometry:
             return geometry
+        if geometry[PAPER]:
+            under = ", ".join(geometry[PAPER])
+            raise HyLoError(f"geometry: {under} under {PAPER!r}, which takes nothing; set sizes of your own beside it")
         published = resolve_geometry(PAPER, mixers, base)
         own = {name: sizes for name, sizes in geometry.items() if name != PAPER}
         return {name: {**published.get(name, {}), **own.get(name, {})} for name in {**published, **own}}

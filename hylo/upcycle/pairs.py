@@ -49,11 +49,11 @@ def pairs_by_gain(
                 norm = layer.get_submodule("input_layernorm")
                 for states, batch, (_, arguments) in zip(hidden, read, entered, strict=True):
                     mask = batch["attention_mask"].bool()
-                    statistics.add(norm(states), mask, arguments["position_embeddings"])
+                    statistics.add(norm(states), mask, arguments[i]["position_embeddings"])
                 statistics.check()
                 found = ActivationDecomposition(statistics, geometry).pair_gains
                 gains = found if gains is None else gains + found
-            hidden = [step_layer(layer, states, args)[1] for states, (_, args) in zip(hidden, entered, strict=True)]
+            hidden = [step_layer(layer, states, args[i])[1] for states, (_, args) in zip(hidden, entered, strict=True)]
             shown.advance(1)
     assert gains is not None
     return sorted(gains.topk(geometry.qk_rope_head_dim // 2).indices.tolist())

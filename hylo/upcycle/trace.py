@@ -71,33 +71,29 @@ def trace_layers(model: PreTrainedModel, batch: dict[str, Tensor]) -> LayerTrace
     return trace
 
 
-class _EnteredError(Exception):
-    """Ends a forward pass at its first layer."""
-
-
 @torch.no_grad()
-def enter_layers(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """What the first layer is called with: hidden states `[B, T, D]`, and the arguments that all layers share.
+def enter_layers(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What the first layer reads, `[B, T, D]`, and what each layer is called with besides: some have a window's mask.
 
-    With it a model runs layer by layer over many batches, with one layer's hidden states in memory. The layers must
-    share their arguments, as those of Llama, Qwen and Mistral do.
+    With it a model runs layer by layer over many batches, with one layer's hidden states in memory.
     """
-    call: dict[str, Any] = {}
+    hidden: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.update(kwargs)
-        if args:
-            call["hidden_states"] = args[0]
-        raise _EnteredError
+    def pass_on(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        hidden.append(hidden_states)
+        arguments.append(kwargs)
+        return hidden_states
 
-    handle = layers_of(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    layers = layers_of(model)
+    for layer in layers:
+        layer.forward = pass_on
     try:
         model.get_decoder()(**batch, use_cache=False)
-    except _EnteredError:
-        pass
     finally:
-        handle.remove()
-    return call.pop("hidden_states"), call
+        for layer in layers:
+            del layer.forward
+    return hidden[0], arguments
 
 
 @torch.no_grad()

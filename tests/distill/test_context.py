@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import collated, documents_of, random_packed
+from tiny import collated, convert_base, documents_of, random_ids, random_packed, write_base
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from hylo import HyLoForCausalLM
@@ -50,6 +50,33 @@ def test_a_student_set_to_yarn_is_one_loaded_with_it(student: HyLoForCausalLM, t
     set_context(student, RopeScalingSection(factor=8, original_max_position_embeddings=512))
     set_context(student, RopeScalingSection(factor=4, original_max_position_embeddings=512))
     torch.testing.assert_close(student(batch["input_ids"]).logits, loaded(batch["input_ids"]).logits)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"q_lora_rank": 32}])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_mla_follows_yarn_as_attention_does(tmp_path: Path, family: str, sizes: dict[str, Any]) -> None:
+    """MLA of full rank that rotates what turns is attention, at each of the factors that a recipe sets in turn."""
+    rope = {"rope_type": "default", "rope_theta": 1e10}
+    base = write_base(
+        tmp_path / "base", family=family, head_dim=8, num_key_value_heads=1, num_hidden_layers=1, rope_parameters=rope
+    )
+    if family == "qwen3":
+        sizes = sizes | {"key_norm": True}
+    # The others hardly turn over so few tokens.
+    sizes = sizes | {"rope_pairs": [0, 1]}
+    geometry = {"mla": {"kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, **sizes}}
+    models = []
+    for layout, given in (("1ATT", {}), ("1MLA", geometry)):
+        convert_base(base, tmp_path / layout, layout, given)
+        models.append(load_model(tmp_path / layout, torch.float32))
+    ids = random_ids(8, 16)
+    for factor in (None, 4, 32, 8):
+        if factor is not None:
+            for model in models:
+                set_context(model, RopeScalingSection(factor=factor, original_max_position_embeddings=128))
+        attention, mla = (model(ids).logits for model in models)
+        torch.testing.assert_close(mla, attention, rtol=0, atol=2e-3)
 
 
 def test_one_recipe_of_growing_windows(base_folder: Path, text_folder: Path, tmp_path: Path) -> None:

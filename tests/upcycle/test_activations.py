@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import convert_base, random_ids, statistics_of, write_base
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hylo.errors import HyLoError
+from hylo.evaluate.layers import mixer_errors
 from hylo.mixers.mla import MLAGeometry
 from hylo.upcycle.activations import AttentionStatistics, AttentionWeights, LagStatistics, as_complex, as_real
 from hylo.upcycle.bases import Base, load_model
@@ -35,6 +37,22 @@ def test_streaming_equals_whole(teacher: LlamaForCausalLM) -> None:
         torch.testing.assert_close(getattr(streamed, name), getattr(whole, name), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_queries_in_blocks_equal_all_at_once(
+    teacher: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    teacher.config.sliding_window = window
+    batch = batch_of(2)
+    whole = statistics_of(teacher, batch)
+    # Seven of 24 queries at a time.
+    monkeypatch.setattr("hylo.upcycle.activations._SCORES_TOGETHER", (7 * 24, 7 * 24))
+    blocks = statistics_of(teacher, batch)
+    assert whole.weights.window == window
+    for name in SUMS:
+        expected = getattr(whole, name)
+        torch.testing.assert_close(getattr(blocks, name), expected, rtol=0, atol=1e-6 * expected.norm().item())
+
+
 def test_padding_counts_for_nothing(teacher: LlamaForCausalLM) -> None:
     short = batch_of(2, 16)
     padded = {
@@ -53,7 +71,7 @@ def test_cost_is_what_an_error_of_a_score_costs(teacher: LlamaForCausalLM) -> No
     statistics = statistics_of(teacher, batch)
     weights = statistics.weights
     x = module.input_layernorm(trace_layers(teacher, batch).inputs[1])[0].detach()
-    cos, sin = enter_layers(teacher, batch)[1]["position_embeddings"]
+    cos, sin = enter_layers(teacher, batch)[1][1]["position_embeddings"]
     turn = torch.complex(cos[0, :, :4], sin[0, :, :4])
     head = 3
     query, key = x @ weights.query[head].T, x @ weights.key[1].T
@@ -129,6 +147,65 @@ def test_full_rank_of_one_kv_head_is_the_base(tmp_path: Path, q_lora_rank: int |
     ids = random_ids(2, 40)
     torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=2e-3)
     torch.testing.assert_close(student.model.layers[1].mixer.o_proj.weight, output, rtol=0, atol=2e-3)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e7, "factor": 32.0, "original_max_position_embeddings": 128}
+HALF_ROTARY = {"mla": {"kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}}
+
+
+@torch.no_grad()
+def test_yarn_scales_what_is_not_rotated_too(tmp_path: Path) -> None:
+    """Pairs that hardly turn may lose their rotation, but not the factor on cos and sin."""
+    base = write_base(tmp_path / "base", num_key_value_heads=1, num_hidden_layers=2, rope_parameters=YARN)
+    convert_base(base, tmp_path / "hybrid", "2MLA", HALF_ROTARY)
+    student, teacher = load_model(tmp_path / "hybrid", torch.float32), load_model(base, torch.float32)
+    ids = random_ids(4, 16)
+    torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=2e-3)
+    calibrate(student, teacher, [batch_of(8, 16) for _ in range(4)], ridge=1e-9, sequential=False, latents=True)
+    torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+def test_latents_follow_the_students_own_yarn(tmp_path: Path) -> None:
+    """Where only the hybrid has one: MLA then asks as attention with it does."""
+    plain = {"rope_type": "default", "rope_theta": 1e7}
+    base = write_base(tmp_path / "base", num_key_value_heads=1, num_hidden_layers=1, rope_parameters=plain)
+    scaling = {"factor": 32.0, "original_max_position_embeddings": 128}
+    models = []
+    for layout, geometry in (("1MLA", HALF_ROTARY), ("1ATT", {})):
+        convert_base(base, tmp_path / layout, layout, geometry, rope_scaling=scaling)
+        models.append(load_model(tmp_path / layout, torch.float32))
+    mla, attention = models
+    output = mla.model.layers[0].mixer.o_proj.weight.clone()
+    calibrate(mla, load_model(base, torch.float32), [batch_of(8, 16) for _ in range(4)], latents=True)
+    mla.model.layers[0].mixer.o_proj.weight.copy_(output)
+    ids = random_ids(4, 16)
+    torch.testing.assert_close(mla(ids).logits, attention(ids).logits, rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_kv_head_that_is_all_zero(tmp_path: Path) -> None:
+    """The latent has more values than there is to keep."""
+    base = write_base(tmp_path / "base", num_hidden_layers=1)
+    tensors = load_file(base / "model.safetensors")
+    for name in ("k_proj", "v_proj"):
+        tensors[f"model.layers.0.self_attn.{name}.weight"][:8] = 0
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"kv_lora_rank": 24, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}
+    convert_base(base, tmp_path / "hybrid", "1MLA", {"mla": sizes})
+    student, teacher = load_model(tmp_path / "hybrid", torch.float32), load_model(base, torch.float32)
+    calibrate(student, teacher, [batch_of(8) for _ in range(4)], latents=True)
+    assert mixer_errors(student, teacher, [batch_of(4)])[0] < 0.5
+
+
+def test_yarn_leaves_the_gains_of_pairs_as_they_are(teacher: LlamaForCausalLM) -> None:
+    """A factor on all scores is no coherence."""
+    geometry = MLAGeometry(8, 4, 4, 8)
+    statistics = statistics_of(teacher, batch_of(8))
+    gains = ActivationDecomposition(statistics, geometry).pair_gains
+    statistics.rotation *= 1.3**2
+    statistics.attention_factor = 1.3
+    torch.testing.assert_close(ActivationDecomposition(statistics, geometry).pair_gains, gains)
 
 
 @pytest.mark.parametrize("rank", [2, 6, 10])
@@ -212,7 +289,7 @@ def test_lags_are_the_means_of_attention(base_folder: Path) -> None:
     module = teacher.model.layers[1]
     lags = LagStatistics(AttentionWeights.of(module.self_attn), 4)
     inputs = module.input_layernorm(trace_layers(teacher, batch).inputs[1])
-    lags.add(inputs, batch["attention_mask"].bool(), enter_layers(teacher, batch)[1]["position_embeddings"])
+    lags.add(inputs, batch["attention_mask"].bool(), enter_layers(teacher, batch)[1][1]["position_embeddings"])
     attention = teacher(**batch, output_attentions=True).attentions[1].double()
     mass = torch.zeros(4, 4, dtype=torch.float64)
     for row, length in enumerate((24, 18)):

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny import convert_base, make_tokenizer, random_ids, write_base
 from transformers import LlamaForCausalLM
 
 from hylo import HyLoForCausalLM
+from hylo.distill.teacher import as_hybrid
 from hylo.errors import HyLoError
 from hylo.upcycle.bases import (
     Base,
+    base_digest,
     check_same_vocabulary,
     companion_files,
     load_model,
@@ -20,6 +23,7 @@ from hylo.upcycle.bases import (
     model_folder,
     opened_folder,
     resolve_base,
+    weights_digest,
 )
 
 
@@ -72,6 +76,27 @@ def test_missing_reference(reference: str, named: str) -> None:
     with pytest.raises(HyLoError) as error:
         resolve_base(reference)
     assert named in str(error.value)
+
+
+def test_any_byte_of_the_weights_counts(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    values = bytearray(3 * 2**20)
+    digests = set()
+    for at in (0, len(values) // 2, len(values) - 1):
+        values[at] += 1
+        file.write_bytes(values)
+        digests.add(weights_digest(tmp_path))
+    assert len(digests) == 3
+    file.rename(tmp_path / "other.safetensors")
+    assert weights_digest(tmp_path) not in digests
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])
+def test_a_base_is_more_than_its_weights(copied: Path, name: str) -> None:
+    before = base_digest(copied), weights_digest(copied)
+    (copied / name).write_bytes((copied / name).read_bytes() + b" ")
+    assert base_digest(copied) != before[0]
+    assert (weights_digest(copied) != before[1]) == (name == "model.safetensors")
 
 
 def test_a_file_is_no_base(tmp_path: Path) -> None:
@@ -156,6 +181,24 @@ def test_load_model_loads_bases_and_hybrids(base_folder: Path, mixed_folder: Pat
     assert type(hybrid) is HyLoForCausalLM
     assert hybrid.dtype == torch.bfloat16
     assert not hybrid.training
+
+
+@torch.no_grad()
+def test_a_head_stored_beside_a_tied_embedding_is_kept(tmp_path: Path) -> None:
+    """As transformers does: by the base, its conversion, a teacher made of it, and what is saved."""
+    base = write_base(tmp_path / "base", tie_word_embeddings=True)
+    assert load_model(base).config.tie_word_embeddings
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for head, tied in ((embedding.clone(), True), (embedding + 0.1, False)):
+        save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors", metadata={"format": "pt"})
+        ids = random_ids(2, 20)
+        expected = LlamaForCausalLM.from_pretrained(base)(ids).logits
+        convert_base(base, tmp_path / f"hybrid-{tied}", "4ATT")
+        made = load_model(tmp_path / f"hybrid-{tied}", torch.float32), as_hybrid(load_model(base, torch.float32))
+        for model in made:
+            assert model.config.tie_word_embeddings == tied
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tokenizer_and_companions(base_folder: Path, mixed_folder: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ BAD_CONFIGS = {
     "rope": ({"rope_scaling": {"rope_type": "nonsense"}}, "nonsense"),
     "rope that moves": (
         {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-        "'dynamic' is not supported with MLA",
+        "'dynamic' is not supported in hybrids",
     ),
     "size": ({"intermediate_size": -5}, "intermediate_size is -5"),
     "words": ({"vocab_size": 0}, "vocab_size is 0"),
@@ -243,6 +243,21 @@ def test_a_config_that_makes_no_base_is_refused_in_one_line(case: str, base_fold
     with pytest.raises(HyLoError, match=re.escape(named)) as raised, Base.open(folder) as base:
         plan_conversion(base, "4MLA")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("layout", ["4GDN", "2ATT2GDN", "2MLA2M2"])
+def test_rope_that_moves_is_refused_beside_any_mixer(layout: str, base_folder: Path, tmp_path: Path) -> None:
+    """Documents packed into one row would depend on each other; with attention alone it is the base."""
+    folder = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    values = json.loads((folder / "config.json").read_text())
+    values["rope_parameters"] |= {"rope_type": "dynamic", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(values))
+    geometry = {"mla": {"kv_lora_rank": 8}} if "MLA" in layout else {}
+    with Base.open(folder) as base:
+        with pytest.raises(HyLoError, match="'dynamic' is not supported in hybrids"):
+            plan_conversion(base, layout, geometry)
+        plan_conversion(base, "4ATT")
+        plan_conversion(base, layout, geometry, rope_scaling={"factor": 2.0, "original_max_position_embeddings": 512})
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 8, 10])

@@ -53,6 +53,39 @@ def test_the_gate_follows_the_size_of_what_attention_reads(
 
 
 @torch.no_grad()
+def test_text_that_counts_twice_is_text_twice(to_layout: Convert, teacher: LlamaForCausalLM) -> None:
+    mixer = mixer_of(to_layout, "GDN")
+    parts = [(torch.randn(50, HIDDEN), torch.randn(50, HEADS, SIZE), torch.randn(50, HEADS, SIZE)) for _ in range(2)]
+    gates = []
+    for weights in ((2.0, 1.0), (1.0, 1.0, 1.0)):
+        statistics = GateStatistics(mixer, AttentionWeights.of(teacher.model.layers[1].self_attn))
+        for part, weight in zip([parts[0]] * (len(weights) - 1) + [parts[1]], weights, strict=True):
+            statistics.add(*part, weight)
+        statistics.apply()
+        gates.append(mixer.g_proj.weight.clone())
+    torch.testing.assert_close(*gates)
+
+
+@torch.no_grad()
+def test_tokens_read_alone_count_as_a_sixteenth(
+    to_layout: Convert, teacher: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = load_model(to_layout("4GDN")[1], torch.float32)
+    monkeypatch.setattr("hylo.upcycle.calibrate._FIRST_TOKENS", 16)
+    counts = {"alone": 0.0, "text": 0.0}
+    add = GateStatistics.add
+
+    def count(self: GateStatistics, x: Tensor, attended: Tensor, read: Tensor, weight: float = 1.0) -> None:
+        counts["alone" if len(x) <= 16 else "text"] += len(x) * weight
+        add(self, x, attended, read, weight)
+
+    monkeypatch.setattr(GateStatistics, "add", count)
+    batches = [{"input_ids": random_ids(2, 64), "attention_mask": torch.ones(2, 64).long()} for _ in range(2)]
+    calibrate(student, teacher, batches, gates=True)
+    assert counts["alone"] == pytest.approx(counts["text"] / 16)
+
+
+@torch.no_grad()
 def test_mamba2_is_held_open(to_layout: Convert, teacher: LlamaForCausalLM) -> None:
     mixer = mixer_of(to_layout, "M2")
     statistics = GateStatistics(mixer, AttentionWeights.of(teacher.model.layers[1].self_attn))

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from hylo.errors import HyLoError
-from hylo.upcycle.geometry import geometry_for
+from hylo.upcycle.geometry import geometry_for, resolve_geometry
 
 SMOLLM2 = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
 
@@ -32,6 +33,11 @@ def test_derived_sizes() -> None:
 def test_given_sizes_win_and_nope_follows_rope() -> None:
     geometry = sizes("mla", {"qk_rope_head_dim": 16, "kv_lora_rank": 7})
     assert (geometry["qk_rope_head_dim"], geometry["qk_nope_head_dim"], geometry["kv_lora_rank"]) == (16, 48, 7)
+
+
+def test_paper_takes_no_sizes_itself() -> None:
+    with pytest.raises(HyLoError, match="mla under 'paper'"):
+        resolve_geometry({"paper": {"mla": {"kv_lora_rank": 8}}}, ["mla"], LlamaConfig())
 
 
 def test_only_mixers_of_the_layout() -> None:

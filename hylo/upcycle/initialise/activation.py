@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from hylo.mixers.mla import MLAGeometry, MultiHeadLatentAttention
 from hylo.upcycle.activations import AttentionStatistics, as_complex, as_real
 from hylo.upcycle.initialise.low_rank import low_rank, symmetric_root
+from hylo.upcycle.initialise.nope import scale_nope
 
 # How much the relative error of the scores counts beside that of the outputs, found by measurement.
 _KEY_WEIGHT = 8.0
 # Of the mean eigenvalue: directions that the text hardly has are not left without any weight.
 _FLOOR = 1e-5
+# Of the mean eigenvalue of a latent's Gram matrix: least squares stay as they are, and have a solution.
+_SINGULAR = 1e-10
 
 
 class ActivationDecomposition:
@@ -92,7 +95,8 @@ class ActivationDecomposition:
         moment = keys @ self._key_moment.to(keys.dtype) @ keys.mH * root[:, :, None] * root[:, None]
         captured = torch.linalg.eigvalsh(moment)
         cost = self.statistics.cost[:, None]
-        coherence = (self._mean_rotation.abs().square() * cost).sum(0) / cost.sum().clamp_min(1e-30)
+        turn = self._mean_rotation / self.statistics.attention_factor**2
+        coherence = (turn.abs().square() * cost).sum(0) / cost.sum().clamp_min(1e-30)
         return captured[:, -1] * (1 - coherence) / captured.sum().clamp_min(1e-30)
 
     @cached_property
@@ -105,7 +109,7 @@ class ActivationDecomposition:
 
     @cached_property
     def _mean_rotation(self) -> Tensor:
-        """Complex `[H, hd / 2]`."""
+        """Complex `[H, hd / 2]`, times the square of the base's factor on cos and sin."""
         return self.statistics.rotation / self.statistics.cost[:, None].clamp_min(1e-30)
 
     @cached_property
@@ -149,7 +153,10 @@ class ActivationDecomposition:
     def _from_latent(self, rows: Tensor, moment: Tensor) -> Tensor:
         """The least-squares map `[n, r]` from the latent to `rows` of the input, `[n, d]`."""
         latent = self._latent
-        return torch.linalg.solve(latent @ moment @ latent.T, latent @ moment @ rows.T).T
+        gram = latent @ moment @ latent.T
+        # Where keys and values are of a lower rank than the latent, as with a head that is all zero.
+        gram.diagonal().add_((_SINGULAR * gram.diagonal().mean()).clamp_min(1e-30))
+        return torch.linalg.solve(gram, latent @ moment @ rows.T).T
 
     @cached_property
     def _nope(self) -> tuple[Tensor, Tensor]:
@@ -198,6 +205,9 @@ class ActivationDecomposition:
             bias.copy_(nn.functional.pad(rotary[:, -1], (len(self._latent), 0)))
         values = [self._from_latent(value, self._read_moment) for value in self.weights.value.double()]
         mixer.kv_b_proj.weight.copy_(torch.cat([self._nope[1], torch.stack(values)], 1).flatten(0, 1))
+        # As what it rotates is.
+        factor = mixer.rotary_embedding(mixer.config).attention_scaling
+        scale_nope(mixer, (factor / self.statistics.attention_factor) ** 2)
 
 
 def _floored(moment: Tensor) -> Tensor:

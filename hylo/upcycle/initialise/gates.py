@@ -60,8 +60,8 @@ class GateStatistics:
         self._sums = torch.zeros(3, len(weights.query), dtype=torch.float64, device=weights.query.device)
 
     @torch.no_grad()
-    def add(self, inputs: Tensor, attended: Tensor, read: Tensor) -> None:
-        """More text.
+    def add(self, inputs: Tensor, attended: Tensor, read: Tensor, weight: float = 1.0) -> None:
+        """More text, which counts `weight` times.
 
         Args:
             inputs: the layer's normed input, `[N, d]`.
@@ -70,9 +70,9 @@ class GateStatistics:
         """
         with torch.autocast(inputs.device.type, enabled=False):
             ratio = self._ratio(attended.float(), read.float())
-            self._regression.add(inputs, ratio)
+            self._regression.add(inputs, ratio, weight)
             wide = ratio.double()
-            self._sums += torch.stack([torch.ones_like(wide), wide, wide.square()]).sum(1)
+            self._sums += torch.stack([torch.ones_like(wide), wide, wide.square()]).sum(1) * weight
 
     def _ratio(self, attended: Tensor, read: Tensor) -> Tensor:
         """`[N, H]`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
-from hylo.mixers.mla import MLAGeometry
+from hylo.mixers.mla import MLAGeometry, MultiHeadLatentAttention
 from hylo.upcycle.initialise.low_rank import low_rank
 from hylo.upcycle.initialise.rules import Rule, copied, output_bias
 from hylo.upcycle.initialise.source import SourceAttention, fold_sources
@@ -23,24 +23,34 @@ class LatentDecomposition:
 
     Args:
         nope_rows, rope_rows: which rows of each query and key head lose their rotation, and which are rotary values.
+        nope_scale: of the scores of the former.
     """
 
     def __init__(
-        self, source: SourceAttention, geometry: MLAGeometry, nope_rows: list[int], rope_rows: list[int]
+        self,
+        source: SourceAttention,
+        geometry: MLAGeometry,
+        nope_rows: list[int],
+        rope_rows: list[int],
+        nope_scale: float = 1.0,
     ) -> None:
         self.source, self.geometry = source, geometry
-        self.nope_rows, self.rope_rows = nope_rows, rope_rows
+        self.nope_rows, self.rope_rows, self.nope_scale = nope_rows, rope_rows, nope_scale
 
     @classmethod
     def of_whole_pairs(cls, source: SourceAttention, geometry: MLAGeometry) -> "LatentDecomposition":
-        """The rotary values are the pairs (i, i + hd/2) for i in `rope_pairs`, the others lose their rotation."""
+        """The rotary values are the pairs (i, i + hd/2) for i in `rope_pairs`, the others lose their rotation.
+
+        They keep what a rotation is scaled by: YaRN scales cos and sin (arXiv 2309.00071, section 3.4).
+        """
         head_dim = source.config.head_dim
         pairs = list(geometry.rope_pairs or range(0, head_dim // 2, head_dim // geometry.qk_rope_head_dim))
         # Slow pairs turn least over a context, so they are the ones to keep where not all fit.
         rest = [pair for pair in reversed(range(head_dim // 2)) if pair not in pairs][: geometry.qk_nope_head_dim // 2]
         rest = sorted(rest)
         nope, rope = (half + [pair + head_dim // 2 for pair in half] for half in (rest, pairs))
-        return cls(source, geometry, nope, rope)
+        scaling = MultiHeadLatentAttention.rotary_embedding(source.config).attention_scaling
+        return cls(source, geometry, nope, rope, scaling**2)
 
     @cached_property
     def query(self) -> Tensor:
@@ -48,8 +58,8 @@ class LatentDecomposition:
 
         A norm after it would take a scale away: it then stands in the norm's weight.
         """
-        factor = 1.0 if self.source.config.qk_norm else self._score_scale
-        return (self.source.query[:, self.nope_rows + self.rope_rows] * factor).flatten(0, 1)
+        rows = self.source.query[:, self.nope_rows + self.rope_rows]
+        return (rows if self.source.config.qk_norm else rows * self._score_scale[:, None]).flatten(0, 1)
 
     @property
     def query_bias(self) -> Tensor:
@@ -67,8 +77,10 @@ class LatentDecomposition:
         return self.source.raw("k_norm").float()[self.nope_rows + self.rope_rows]
 
     @property
-    def _score_scale(self) -> float:
-        return math.sqrt(self.geometry.qk_head_dim / self.source.config.head_dim)
+    def _score_scale(self) -> Tensor:
+        """`[nope + rope]`."""
+        scales = torch.tensor([self.nope_scale] * len(self.nope_rows) + [1.0] * len(self.rope_rows))
+        return scales * math.sqrt(self.geometry.qk_head_dim / self.source.config.head_dim)
 
     @property
     def key(self) -> Tensor:
