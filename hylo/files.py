@@ -74,15 +74,15 @@ def sync_tree(folder: Path, *, recursive: bool = True) -> None:
             os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a temporary name, and moves it to `path` when it is on the disk.
+def write_text(path: Path, text: str) -> None:
+    """Writes text to a temporary name, and moves it to `path` when it is on the disk.
 
     Raises OSError, which names `path`, where it cannot be written; what was there stays.
     """
     work = partial_of(path)
     try:
-        with naming(path), work.open("w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
+        with naming(path), work.open("w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         work.replace(path)
@@ -92,8 +92,13 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def partial_of(path: Path) -> Path:
-    """Where `write_json` writes first: what a killed process leaves."""
+    """Where `write_text` writes first: what a killed process leaves."""
     return path.with_name(f".{path.name}.partial")
 
 

@@ -231,8 +231,7 @@ def _evaluate(models: list[str], settings: Any, output: Path | None, log_samples
     from hylo.evaluate.page import report_page
     from hylo.evaluate.page.charts import check_plots
     from hylo.evaluate.suites import evaluate_models
-    from hylo.evaluate.write import write_text
-    from hylo.files import write_json
+    from hylo.files import write_json, write_text
 
     if output is not None:
         check_plots()

@@ -30,7 +30,7 @@ def report(
     """
     from hylo.evaluate.card import write_model_card
     from hylo.evaluate.page import read_sources, report_page
-    from hylo.evaluate.write import write_text
+    from hylo.files import write_text
 
     if output.is_dir():
         raise HyLoError(f"{output} is a folder; expected a file such as {output / 'report.html'}")

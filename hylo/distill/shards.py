@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 from hylo.files import naming
 
 _MODEL, _OPTIMIZER = "model-shards", "optimizer-shards"
+# In the place of an optimizer that has made no step: one that is lost is an error.
+_NO_STEP = "no-optimizer-step"
 
 
 def _plain(optimizer: Any) -> Any:
@@ -54,6 +56,8 @@ def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
         if _plain(optimizer).state:
             state = get_optimizer_state_dict(model, _plain(optimizer))
             dcp.save({"optimizer": state}, checkpoint_id=str(folder / _OPTIMIZER))
+        else:
+            (folder / _NO_STEP).touch()
 
 
 def load_model_shards(folder: Path, model: nn.Module) -> None:
@@ -65,8 +69,8 @@ def load_model_shards(folder: Path, model: nn.Module) -> None:
 
 
 def load_optimizer_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """In place, where one was saved. Every rank has to call."""
-    if not (folder / _OPTIMIZER).is_dir():
+    """In place; one that had made no step is left as it is. Every rank has to call."""
+    if (folder / _NO_STEP).is_file():
         return
     state = {"optimizer": get_optimizer_state_dict(model, _plain(optimizer))}
     with _as_one_error(folder):

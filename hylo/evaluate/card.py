@@ -14,7 +14,7 @@ from hylo.evaluate.page.sources import Run, Sources
 from hylo.evaluate.report import row_labels
 from hylo.evaluate.show import missing_lines, notes, score_rows, table_rows
 from hylo.evaluate.suites import read_config
-from hylo.evaluate.write import write_text
+from hylo.files import write_text
 from hylo.upcycle.bases import weights_digest
 from hylo.upcycle.layout import format_layout
 from hylo.version import __version__

@@ -22,7 +22,7 @@ from hylo.ops.gated_norm import rms_norm
 from hylo.ops.kimi_delta_rule import kimi_delta_attention
 from hylo.ops.short_convolution import short_convolution
 from hylo.serve.linear import LinearLayer, by_kernels, last_inputs
-from hylo.serve.parameters import Weight, joined_parameter, spare_rows
+from hylo.serve.parameters import Weight, in_whole_tiles, joined_parameter
 from hylo.serve.states import state_shapes
 from hylo.serve.weights import Place
 
@@ -67,10 +67,9 @@ class ServedDelta(LinearLayer):
     def _joined(self, vllm_config: "VllmConfig", sizes: list[int], prefix: str) -> MergedColumnParallelLinear:
         """One map for several of the checkpoint's, of which q's alone may have a bias."""
         config: HyLoConfig = vllm_config.model_config.hf_config
-        spare = spare_rows(sizes)
         joined = MergedColumnParallelLinear(
             config.hidden_size,
-            [*sizes, spare] if spare else sizes,
+            in_whole_tiles(sizes),
             bias=config.attention_bias,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.in_proj",

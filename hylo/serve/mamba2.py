@@ -18,7 +18,7 @@ from hylo.ops.short_convolution import short_convolution
 from hylo.serve.architecture import MAMBA2_CHUNK
 from hylo.serve.linear import LinearLayer, by_kernels, last_inputs
 from hylo.serve.metadata import ChunkedBackend
-from hylo.serve.parameters import Weight, joined_parameter, spare_rows
+from hylo.serve.parameters import Weight, in_whole_tiles, joined_parameter
 from hylo.serve.states import state_shapes
 from hylo.serve.weights import Place
 
@@ -42,10 +42,9 @@ class ServedMamba2(LinearLayer):
         self.inner_size, self.group_size = geometry.inner_size // ranks, geometry.group_size // ranks
         convolved = (geometry.group_size, geometry.group_size, geometry.inner_size)
         rows = (geometry.inner_size, *convolved, geometry.num_heads)
-        spare = spare_rows(rows)
         self.in_proj = MergedColumnParallelLinear(
             config.hidden_size,
-            [*rows, spare] if spare else list(rows),
+            in_whole_tiles(rows),
             bias=config.attention_bias,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.in_proj",

@@ -20,10 +20,14 @@ class Weight(nn.Module):
 ROWS = 64
 
 
-def spare_rows(sizes: Sequence[int]) -> int:
-    """Rows over all ranks that fill each rank's part of these maps up to whole tiles; their outputs mean nothing."""
+def in_whole_tiles(sizes: Sequence[int]) -> list[int]:
+    """The rows of maps to be joined, and of one more where each rank's part is not of whole tiles, to fill it up.
+
+    The outputs of the one more mean nothing.
+    """
     ranks = get_tensor_model_parallel_world_size()
-    return -sum(size // ranks for size in sizes) % ROWS * ranks
+    spare = -sum(size // ranks for size in sizes) % ROWS * ranks
+    return [*sizes, spare] if spare else [*sizes]
 
 
 def joined_parameter(sizes: Sequence[int], *tail: int, dtype: torch.dtype | None = None) -> nn.Parameter:

@@ -323,3 +323,16 @@ def test_what_a_rank_could_not_write_is_named(tmp_path: Path) -> None:
     failed = CheckpointException("save", {1: (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), None)})
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"), _as_one_error(tmp_path):
         raise failed
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_lost_optimizer_is_an_error(tmp_path: Path) -> None:
+    """And not one that had made no step."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save_shards(tmp_path / "1", model, optimizer)
+    shutil.rmtree(tmp_path / "1" / "optimizer-shards")
+    with pytest.raises(OSError, match=str(tmp_path / "1")):
+        load_optimizer_shards(tmp_path / "1", model, optimizer)
