@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct to a hybrid, and the published recipe beside it at equal tokens: trained, evaluated, judged.
 
-python benchmarks/smollm2.py --data corpus --evaluation-data evaluation --gpus 4 --each 2 --name smollm2-135m-4-h200
-python benchmarks/smollm2.py --data corpus --gpus 1 --scale 0.1 --lengths 4K --samples 5 --name smollm2-135m-short
+python benchmarks/smollm2.py --data corpus --evaluation-data evaluation --gpus 0,1,2,3 --each 2 --name smollm2-4-h200
+python benchmarks/smollm2.py --data corpus --gpus 0 --scale 0.1 --lengths 4K --samples 5 --name smollm2-135m-short
 
 `--data` holds tokens/ and held-out/, as the packs of recipes/smollm2-135m/corpus.py unpack; `--evaluation-data` is what
 `benchmarks/baselines.py --pack` writes, where the packages with evaluation data are not installed.
@@ -11,7 +11,9 @@ Three parts, each of which `--only` takes by itself, and which go on where they 
 train     each recipe by `hylo upcycle`, on `--each` GPUs, side by side where there are enough
 evaluate  base and hybrids by `hylo eval`, a job a suite, length and model, spread over the GPUs: common sense, RULER,
           perplexity by position on RULER's essays and on held-out text, perplexity of held-out text at 2K; and GSM8K's
-          worked answers in bits per byte
+          worked answers in bits per byte. `--ruler-backend vllm` reads RULER's prompts through vLLM, in minutes where
+          transformers takes an hour. Where vLLM and what trains are installed apart, give `--only evaluate` in each
+          place, with `--suites ruler` and with the others
 report    one result with the bars that the first recipe is held against, and plots
 
 The first recipe is the one that is judged; one called `paper` is its control.
@@ -22,7 +24,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from hylo.files import read_json, write_json
 RECIPES = Path(__file__).resolve().parents[1] / "hylo" / "recipes" / "smollm2-135m"
 PARTS = ("train", "evaluate", "report")
 CONTROL = "paper"
+SUITES = ("ruler", "commonsense", "positions", "short", "bits")
 SHORT = 2048
 # What a flat curve is flat from, and measured by: where the base reads well.
 FLAT_FROM = 8192
@@ -91,44 +94,45 @@ def training_of(run: Path) -> dict[str, Any]:
 # Evaluation.
 
 
+def suite_options(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """What `hylo eval` is given for each suite, by its result's folder; those that take longest first."""
+    limit = ["--limit", str(arguments.limit)] if arguments.limit else []
+    windows = ["--windows", str(arguments.windows)]
+    long = ["--suite", "perplexity", "--length", str(arguments.position_length), *windows]
+    lengths, ruler = sorted(arguments.lengths, reverse=True), ["--suite", "ruler", "--samples", str(arguments.samples)]
+    every: dict[str, dict[str, list[str]]] = {suite: {} for suite in SUITES}
+    if arguments.ruler_backend == "vllm":
+        # An engine takes a minute to start: one for all lengths.
+        together = ",".join(map(str, sorted(lengths)))
+        every["ruler"] = {"ruler-vllm": [*ruler, "--lengths", together, "--backend", "vllm"]}
+    else:
+        every["ruler"] = {f"ruler-{length}": [*ruler, "--lengths", str(length)] for length in lengths}
+    every["commonsense"] = {"commonsense": ["--suite", "commonsense", *limit]}
+    every["positions"] = {"positions-held-out": [*long, "--text", "held-out"], "positions-essays": long}
+    short = ["--suite", "perplexity", "--length", str(SHORT), *windows, "--text", "held-out"]
+    every["short"] = {"short": short}
+    every["bits"] = {"bits": limit}
+    return {name: options for suite in arguments.suites for name, options in every[suite].items()}
+
+
 def evaluation_jobs(
     models: Mapping[str, str], folder: Path, data: Path, arguments: argparse.Namespace
 ) -> list[tuple[Job, Path]]:
     """Jobs and where each leaves its result, those that take longest first."""
     evaluation = ["--data", str(arguments.evaluation_data.absolute())] if arguments.evaluation_data else []
-    common = ["--precision", arguments.precision, "--beyond", "--source", "local", *evaluation]
-    suites = {
-        f"ruler-{length}": ["--suite", "ruler", "--lengths", str(length), "--samples", str(arguments.samples)]
-        for length in sorted(arguments.lengths, reverse=True)
-    }
-    limit = ["--limit", str(arguments.limit)] if arguments.limit else []
-    windows = ["--windows", str(arguments.windows)]
-    long = ["--suite", "perplexity", "--length", str(arguments.position_length)]
-    suites |= {
-        "commonsense": ["--suite", "commonsense", *limit],
-        "positions-held-out": [*long, *windows, "--text", "held-out"],
-        "positions-essays": [*long, *windows],
-        "short": ["--suite", "perplexity", "--length", str(SHORT), *windows, "--text", "held-out"],
-    }
+    precision = ["--precision", arguments.precision]
     jobs = []
-    for suite, options in suites.items():
+    for suite, options in suite_options(arguments).items():
         for name, model in models.items():
             place = folder / name / suite
-            command = [sys.executable, "-m", "hylo", "eval", model, *options, *common, "--output", str(place)]
-            jobs.append((Job(f"{name} {suite}", command, place / "log.txt", data), place / "results.json"))
-    for name, model in models.items():
-        place = folder / name / "bits"
-        command = [
-            sys.executable,
-            str(Path(__file__).resolve()),
-            "--bits",
-            model,
-            "--into",
-            str(place / "results.json"),
-        ]
-        command += ["--precision", arguments.precision, *limit]
-        command += ["--evaluation-data", *evaluation[1:]] if evaluation else []
-        jobs.append((Job(f"{name} bits", command, place / "log.txt", data), place / "results.json"))
+            if suite == "bits":
+                own = [str(Path(__file__).resolve()), "--bits", model, "--into", str(place / "results.json")]
+                own += [*options, *precision, *(["--evaluation-data", *evaluation[1:]] if evaluation else [])]
+            else:
+                own = ["-m", "hylo", "eval", model, *options, *precision, "--beyond", "--source", "local", *evaluation]
+                own += ["--output", str(place)]
+            job = Job(f"{name} {suite}", [sys.executable, *own], place / "log.txt", data)
+            jobs.append((job, place / "results.json"))
     return jobs
 
 
@@ -177,18 +181,19 @@ def evaluate(models: Mapping[str, tuple[str, str]], folder: Path, arguments: arg
         write_json(marker, {"told_by": told_by, "wall_s": round(seconds, 1)})
 
     print(f"evaluate: {len(waiting)} jobs to do", flush=True)
-    run_jobs(waiting, [str(gpu) for gpu in range(arguments.gpus)], ended)
+    run_jobs(waiting, arguments.gpus, ended)
     print("".join(f"failed: {line}\n" for line in failed), end="", flush=True)
     return not failed
 
 
-def scores_of(folder: Path) -> dict[str, Any]:
-    """What has been measured of a model."""
+def scores_of(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """What has been measured of a model, of the suites of these names."""
     suites = {}
-    for file in sorted(folder.glob("*/results.json")):
+    for name in sorted(names):
+        file = folder / name / "results.json"
         # One that is not whole yet, or asked otherwise than now, has no marker beside it.
-        if file.with_name("job.json").is_file():
-            suites[file.parent.name] = read_json(file)["results"][0]["suites"]
+        if file.is_file() and file.with_name("job.json").is_file():
+            suites[name] = read_json(file)["results"][0]["suites"]
     scores: dict[str, Any] = {"ruler": {}, "positions": {}}
     for name, suite in suites.items():
         if name.startswith("ruler-"):
@@ -342,7 +347,8 @@ def plot(training: Mapping[str, Any], scores: Mapping[str, Any], path: Path) -> 
 def report(names: Sequence[str], folder: Path, arguments: argparse.Namespace) -> None:
     training = {name: training_of(run) for name in names if (run := folder / name / "run").joinpath("report").is_dir()}
     evaluated = folder / "evaluate"
-    scores = {name: scores_of(evaluated / name) for name in ("base", *names) if (evaluated / name).is_dir()}
+    suites = list(suite_options(arguments))
+    scores = {name: scores_of(evaluated / name, suites) for name in ("base", *names) if (evaluated / name).is_dir()}
     told = {name: figures(own) for name, own in scores.items()}
     for name, run in training.items():
         told.setdefault(name, {})["cache"] = run["cache_ratio"]
@@ -351,8 +357,21 @@ def report(names: Sequence[str], folder: Path, arguments: argparse.Namespace) ->
     waits = {
         f"{path.parent.parent.name} {path.parent.name}": read_json(path)["wall_s"]
         for path in evaluated.glob("*/*/job.json")
+        if path.parent.name in suites
     }
-    keys = ("scale", "set", "gpus", "each", "lengths", "samples", "position_length", "windows", "limit")
+    keys = (
+        "scale",
+        "set",
+        "gpus",
+        "each",
+        "lengths",
+        "samples",
+        "ruler_backend",
+        "suites",
+        "position_length",
+        "windows",
+    )
+    keys += ("limit",)
     settings = {key: getattr(arguments, key) for key in keys}
     write_result(
         arguments.output / f"{arguments.name}.json",
@@ -371,10 +390,14 @@ def main() -> None:
     parser.add_argument("--recipe", default="hybrid,paper", help="hybrid, paper or files, with commas")
     parser.add_argument("--scale", type=float, default=1.0, help="of the tokens of all stages")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of all recipes, such as base=model.gguf")
-    parser.add_argument("--gpus", type=int, default=0, help="that there are; none: the CPU")
+    parser.add_argument(
+        "--gpus", default="", help="as CUDA_VISIBLE_DEVICES names them, one for each job; none: the CPU"
+    )
     parser.add_argument("--each", type=int, help="GPUs of one training [default: all]")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
     parser.add_argument("--lengths", type=parse_lengths, default="2K,4K,8K,16K,32K", help="of RULER")
+    parser.add_argument("--ruler-backend", choices=("hf", "vllm"), default="hf", help="what reads RULER's prompts")
+    parser.add_argument("--suites", default=",".join(SUITES), help="with commas")
     parser.add_argument("--samples", type=int, default=50, help="of RULER, for each task and length")
     parser.add_argument("--limit", type=int, help="documents of each task of lm-eval and of GSM8K")
     parser.add_argument(
@@ -391,6 +414,10 @@ def main() -> None:
     if arguments.bits:
         write_bits(arguments.bits, arguments.into, arguments.evaluation_data, arguments.limit, arguments.precision)
         return
+    arguments.gpus = [gpu for gpu in arguments.gpus.split(",") if gpu]
+    arguments.suites = arguments.suites.split(",")
+    if unknown := [suite for suite in arguments.suites if suite not in SUITES]:
+        parser.error(f"no suite {unknown[0]!r}; expected some of {', '.join(SUITES)}")
     parts = arguments.only.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
@@ -406,13 +433,13 @@ def main() -> None:
         sys.exit(f"error: {error}")
     folder, start, sound = arguments.runs.absolute(), time.monotonic(), True
     if "train" in parts:
-        each = min(arguments.each or arguments.gpus, arguments.gpus)
+        each = min(arguments.each or len(arguments.gpus), len(arguments.gpus))
         jobs = [
             training_job(name, values, folder / name, arguments.data.absolute(), each)
             for name, values in recipes.items()
         ]
         codes: dict[str, int] = {}
-        run_jobs(jobs, [str(gpu) for gpu in range(arguments.gpus)], lambda job, code, _: codes.update({job.name: code}))
+        run_jobs(jobs, arguments.gpus, lambda job, code, _: codes.update({job.name: code}))
         for job in jobs:
             if codes[job.name]:
                 sound = False

@@ -377,7 +377,8 @@ def _evaluate_one(
     with ExitStack() as stack:
         if settings.backend == "vllm":
             longest = longest_sequence(settings, facts["context"])
-            backend = stack.enter_context(vllm_backend(folder, longest, str(dtype).removeprefix("torch.")))
+            name = str(dtype).removeprefix("torch.")
+            backend = stack.enter_context(vllm_backend(folder, longest, facts["context"], name))
         else:
             model = load_model(folder, dtype).to(default_device())
             facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
