@@ -1,4 +1,4 @@
-"""Steps that must not be taken: a loss or gradient norm that is not finite, or leaps."""
+"""Steps that must not be taken: a loss or gradient norm that is not finite, or that leaps where nothing bounds it."""
 
 import math
 import statistics
@@ -25,15 +25,22 @@ class Guard:
         stage: its name, for messages.
         on_anomaly: `stop` raises; `skip` says so and refuses the step, and raises after five in a row.
         spike_factor: None for no leaps.
+        clipped: gradients are scaled down to a norm of their own. Such a step is no longer than others, and one in some
+            dozens has a norm that leaps while its loss does not: only the loss is looked at.
 
     Attributes:
         skipped: how many steps were refused.
     """
 
     def __init__(
-        self, stage: str, on_anomaly: Literal["stop", "skip"] = "stop", spike_factor: float | None = 20.0
+        self,
+        stage: str,
+        on_anomaly: Literal["stop", "skip"] = "stop",
+        spike_factor: float | None = 20.0,
+        clipped: bool = False,
     ) -> None:
         self.stage, self.on_anomaly, self.spike_factor = stage, on_anomaly, spike_factor
+        self.clipped = clipped
         self.skipped = self._in_a_row = 0
         self._recent = {name: deque[float](maxlen=_WINDOW) for name in ("loss", "gradient norm")}
 
@@ -67,7 +74,8 @@ class Guard:
             return "expected finite numbers"
         for name, value in values.items():
             recent = self._recent[name]
-            if self.spike_factor is None or len(recent) < _LEAST:
+            bounded = self.clipped and name == "gradient norm"
+            if self.spike_factor is None or bounded or len(recent) < _LEAST:
                 continue
             median = statistics.median(recent)
             if value > self.spike_factor * median:

@@ -135,7 +135,7 @@ def train_stage(
     peak = device_peak_flops(arguments.device, dtype)
     flops = flops_per_token(stage, student, teacher, data.attended)
     speed = Speed(stage.tokens_per_step * data.fill, flops, peak * parallel.world_size() if peak else None)
-    guard = Guard(stage.name, carrying.on_anomaly, carrying.spike_factor)
+    guard = Guard(stage.name, carrying.on_anomaly, carrying.spike_factor, clipped=stage.clip_norm > 0)
     monitor = StageMonitor(stage, guard, speed, output / "metrics.jsonl", arguments.device)
     if resume is not None and parallel.world_size() > 1 and not has_shards(resume.folder):
         raise HyLoError(f"{stage.name}: the checkpoint {resume.folder} was written by one process; go on with one")

@@ -42,6 +42,14 @@ def test_leaps_are_told_by_recent_steps() -> None:
     assert fed(Guard("stage2", spike_factor=None)).accepts(30, 1e9, 1e9, 8)
 
 
+def test_a_norm_that_is_clipped_may_leap() -> None:
+    guard = fed(Guard("stage2", clipped=True))
+    assert guard.accepts(30, 2.0, 1e6, 8)
+    for loss, norm in [(100.0, 1.0), (2.0, math.inf), (math.nan, 1.0)]:
+        with pytest.raises(HyLoError, match="step 31"):
+            guard.accepts(31, loss, norm, 8)
+
+
 def test_steps_without_a_token_say_nothing() -> None:
     """Most steps of long chats may hold prompts alone: their zeros are no measure of the others."""
     guard = Guard("stage2")
@@ -140,6 +148,18 @@ def test_a_skipped_step_is_skipped_again_after_going_on(
     assert told == logs
     assert told[-1]["skipped"] == 2
     assert all(torch.isfinite(value).all() for value in resumed.values())
+
+
+def test_a_leap_of_the_norm_stops_where_nothing_bounds_it(
+    runs: Callable[..., Runs], poisoned: Callable[..., None]
+) -> None:
+    poisoned(30, value=1e4)
+    # Stages of KL are clipped by default.
+    _, logs = runs("clipped", tokens=16 * 2 * 33)(every=100)
+    assert logs[29]["grad_norm"] > 100 * logs[28]["grad_norm"]
+    assert {log["skipped"] for log in logs} == {0}
+    with pytest.raises(HyLoError, match="at step 30; expected at most 20 times the gradient norm's median"):
+        runs("layers", tokens=16 * 2 * 33, objective="layerwise", train="mixers")(every=100)
 
 
 def test_a_stage_of_many_windows_without_a_token(runs: Callable[..., Runs], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from vllm.third_party.flash_linear_attention.ops.kda import chunk_kda_with_fused
 from vllm.triton_utils import triton
 from vllm.triton_utils.allocation import set_triton_allocator
 
-# Of one token of a request: value channels and warps of a program.
-VALUES, WARPS = 32, 4
+# Of one token of a request: value channels, beside 256 of a key, and warps of a program. vLLM's own 32 and 4 take 1.3 to
+# 1.7 times as long (benchmarks/decode_kernels.py --shapes).
+VALUES, WARPS = 16, 1
 
 
 def one_prompt(tokens: int, device: torch.device, chunk: int = 64) -> Any:
@@ -102,7 +103,9 @@ def decode(
     # batch, and not for each number of sequences.
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     out = torch.empty_like(v)
-    values = min(VALUES, triton.next_power_of_2(value_size))
+    keys = triton.next_power_of_2(key_size)
+    # As much of the state for each program, whatever the keys' size: it is held in registers.
+    values = min(max(1, VALUES * 256 // keys), triton.next_power_of_2(value_size))
     delta_rule_of_one_token[(1, triton.cdiv(value_size, values), batch * heads)](
         A_log=A_log,
         a=decays.contiguous(),
@@ -128,7 +131,7 @@ def decode(
         HV=heads,
         K=key_size,
         V=value_size,
-        BK=triton.next_power_of_2(key_size),
+        BK=keys,
         BV=values,
         stride_init_state_token=state.stride(0),
         stride_final_state_token=state.stride(0),
