@@ -36,6 +36,8 @@ TABLE = Path(__file__).with_suffix(".yaml")
 RECIPES = Path(__file__).resolve().parents[1] / "hylo" / "recipes" / "smollm2-135m"
 # Logged values that are one reading: each is a mean over a hundredth of a stage.
 TRAILING = 5
+# Of both axes of the plot.
+_TICKS = [m * 10.0**e for e in range(-2, 4) for m in (1, 1.5, 2, 3, 4, 6, 8)]
 # Tokens seen, KL.
 Curve = list[tuple[int, float]]
 
@@ -154,6 +156,7 @@ def rows(results: Mapping[str, dict[str, Any]]) -> list[str]:
 def plot(table: Mapping[str, Any], results: Mapping[str, dict[str, Any]], path: Path) -> None:
     """A panel a group, a line a variant, the control and the reference on each."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     drawn = {name: result for name, result in results.items() if "curve" in result}
     if not drawn:
@@ -168,8 +171,14 @@ def plot(table: Mapping[str, Any], results: Mapping[str, dict[str, Any]], path: 
         for name in [*always, *own]:
             curve = trailing([(tokens, kl) for tokens, kl in drawn[name]["curve"]])
             style = {table["control"]: ("black", "--"), table["reference"]: ("black", "-")}.get(name, (None, "-"))
-            axes.plot(*zip(*curve, strict=True), label=name, color=style[0], linestyle=style[1], linewidth=1.4)
-        axes.set(title=group, xscale="log", yscale="log", xlabel="tokens seen", ylabel="KL, nats a token")
+            points = [(tokens / 1e6, kl) for tokens, kl in curve]
+            axes.plot(*zip(*points, strict=True), label=name, color=style[0], linestyle=style[1], linewidth=1.4)
+        axes.set(title=group, xscale="log", yscale="log", xlabel="million tokens seen", ylabel="KL, nats a token")
+        # The axes' own ticks are powers of ten, of which there are few.
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            ticks = [tick for tick in _TICKS if low <= tick <= high]
+            axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
     for axes in list(panels.flat)[len(groups) :]:

@@ -18,8 +18,8 @@ from vllm.third_party.flash_linear_attention.ops.kda import chunk_kda_with_fused
 from vllm.triton_utils import triton
 from vllm.triton_utils.allocation import set_triton_allocator
 
-# Of one token of a request: value channels, beside 256 of a key, and warps of a program. vLLM's own 32 and 4 take 1.3 to
-# 1.7 times as long (benchmarks/decode_kernels.py --shapes).
+# Of one token of a request: value channels, beside 256 of a key, and warps of a program. vLLM's own 32 and 4 take 1.3
+# to 1.7 times as long (benchmarks/decode_kernels.py --shapes).
 VALUES, WARPS = 16, 1
 
 
