@@ -71,7 +71,7 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 64,
-    "max_position_embeddings": 8192,
+    "max_position_embeddings": 131072,
     "bos_token_id": None,
     "eos_token_id": None,
 }
@@ -141,12 +141,12 @@ def save(config: Any, folder: Path) -> Path:
     return folder
 
 
-def prompts(vocabulary: int) -> list[list[int]]:
+def prompts(vocabulary: int, lengths: list[int]) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS + LONELY]
+    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths + LONELY]
 
 
-def answer(folder: str, eager: bool, gpus: int) -> list[list[tuple[int, float]]]:
+def answer(folder: str, eager: bool, gpus: int, lengths: list[int]) -> list[list[tuple[int, float]]]:
     """vLLM's greedy tokens for all prompts, each with its log-probability."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -159,7 +159,7 @@ def answer(folder: str, eager: bool, gpus: int) -> list[list[tuple[int, float]]]
         folder,
         skip_tokenizer_init=True,
         enforce_eager=eager,
-        max_model_len=max(LENGTHS) + NEW_TOKENS,
+        max_model_len=max(lengths) + NEW_TOKENS,
         max_num_seqs=8,
         max_num_batched_tokens=STEP_TOKENS,
         tensor_parallel_size=gpus,
@@ -170,8 +170,8 @@ def answer(folder: str, eager: bool, gpus: int) -> list[list[tuple[int, float]]]
     )
     try:
         vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
-        asked = [{"prompt_token_ids": ids} for ids in prompts(vocabulary)]
-        many, few = asked[: len(LENGTHS)], asked[len(LENGTHS) :]
+        asked = [{"prompt_token_ids": ids} for ids in prompts(vocabulary, lengths)]
+        many, few = asked[: len(lengths)], asked[len(lengths) :]
         requests = [*llm.generate(many, sampling, use_tqdm=False), *llm.generate(few, sampling, use_tqdm=False)]
         outputs = [request.outputs[0] for request in requests]
         return [[(t, step[t].logprob) for t, step in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
@@ -198,14 +198,14 @@ def refusal(folder: str, gpus: int, sizes: list[int]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def differences(folder: str, answers: list[list[tuple[int, float]]]) -> dict[str, float]:
+def differences(folder: str, answers: list[list[tuple[int, float]]], lengths: list[int]) -> dict[str, float]:
     """Largest differences of log-probabilities: vLLM from the model, and both from the model in float32."""
     worst = {"from the model": 0.0, "from float32": 0.0, "the model from float32": 0.0, "behind the best": 0.0}
     models = [
         HyLoForCausalLM.from_pretrained(folder, dtype=t).to(DEVICE).eval() for t in (torch.bfloat16, torch.float32)
     ]
     with kernels("reference"):
-        for ids, answered in zip(prompts(models[0].config.vocab_size), answers, strict=True):
+        for ids, answered in zip(prompts(models[0].config.vocab_size, lengths), answers, strict=True):
             tokens = [token for token, _ in answered]
             given = torch.tensor([logprob for _, logprob in answered], device=DEVICE)
             whole = torch.tensor([ids + tokens], device=DEVICE)
@@ -221,7 +221,7 @@ def differences(folder: str, answers: list[list[tuple[int, float]]]) -> dict[str
     return {key: round(value, 5) for key, value in worst.items()}
 
 
-def answer_all(asked: Path, eager: bool, gpus: int, found: Path) -> None:
+def answer_all(asked: Path, eager: bool, gpus: int, found: Path, lengths: list[int]) -> None:
     """In a process of its own: one case after the other, up to the first that fails, which may have spoilt the GPU."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if gpus > 1:
@@ -235,7 +235,7 @@ def answer_all(asked: Path, eager: bool, gpus: int, found: Path) -> None:
             sizes = parallel_sizes(config)
             row: dict[str, Any]
             if gpus in sizes:
-                row = dict(differences(folder, answer(folder, eager, gpus)))
+                row = dict(differences(folder, answer(folder, eager, gpus, lengths), lengths))
             else:
                 row = dict(refusal(folder, gpus, sizes))
         except Exception as error:
@@ -252,7 +252,7 @@ def answer_all(asked: Path, eager: bool, gpus: int, found: Path) -> None:
 
 
 def answered(
-    folders: dict[str, str], mode: str, gpus: int, limit_s: float, scratch: Path, log: Path
+    folders: dict[str, str], mode: str, gpus: int, lengths: list[int], limit_s: float, scratch: Path, log: Path
 ) -> Iterator[tuple[str, Any]]:
     """Each case with its differences, as they come. A case that ends the process or takes too long has failed."""
     asked, found = scratch / f"{log.stem}-asked.json", scratch / f"{log.stem}-found.json"
@@ -262,6 +262,7 @@ def answered(
         found.unlink(missing_ok=True)
         with log.open("a") as file:
             command = [sys.executable, __file__, "answer", str(asked), mode, str(gpus), str(found)]
+            command.append(",".join(map(str, lengths)))
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         since, ended, failed = time.monotonic(), False, False
         while not ended:
@@ -288,7 +289,7 @@ def answered(
 def check(arguments: argparse.Namespace) -> bool:
     path = arguments.output / f"{arguments.name}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else circumstances()
-    result |= {"vllm": installed_version("vllm"), "tolerance": TOLERANCE}
+    result |= {"vllm": installed_version("vllm"), "tolerance": TOLERANCE, "lengths": list(arguments.lengths)}
     cases: dict[str, dict[str, Any]] = result.setdefault("cases", {})
     with tempfile.TemporaryDirectory(prefix="hylo-serving-") as name:
         scratch = Path(name)
@@ -318,7 +319,9 @@ def check(arguments: argparse.Namespace) -> bool:
             mine = {case: folders[case] for case in list(folders)[number :: arguments.lanes]}
             shown = mode if arguments.gpus == 1 else f"{mode}, {arguments.gpus} GPUs"
             log = arguments.output / f"{arguments.name}-{mode}-{arguments.gpus}-{number}.log"
-            for case, row in answered(mine, mode, arguments.gpus, arguments.limit, scratch, log):
+            for case, row in answered(
+                mine, mode, arguments.gpus, list(arguments.lengths), arguments.limit, scratch, log
+            ):
                 with writing:
                     cases.setdefault(case, {})[shown] = row
                     print(f"{'holds' if holds(row) else 'MISSED':7} {shown:7} {case:24} {row}", flush=True)
@@ -446,8 +449,8 @@ def verdicts(measured: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
 
 def main() -> None:
     if sys.argv[1:2] == ["answer"]:
-        asked, mode, gpus, found = sys.argv[2:]
-        answer_all(Path(asked), mode == "eager", int(gpus), Path(found))
+        asked, mode, gpus, found, lengths = sys.argv[2:]
+        answer_all(Path(asked), mode == "eager", int(gpus), Path(found), [int(each) for each in lengths.split(",")])
         sys.stdout.flush()
         # vLLM's threads need not be waited for.
         os._exit(0)
@@ -458,6 +461,9 @@ def main() -> None:
     right.add_argument("--cases", type=lambda text: text.split(";"), help="by ';'; all by default")
     right.add_argument(
         "--smollm2", help="SmolLM2-135M-Instruct, to upcycle as one more case: a folder, GGUF or package"
+    )
+    right.add_argument(
+        "--lengths", type=parse_contexts, default=LENGTHS, help="of the prompts, which are asked at once"
     )
     right.add_argument("--gpus", type=int, default=1, help="that share each model; cases that cannot must be refused")
     right.add_argument("--lanes", type=int, default=1, help="engines at once")

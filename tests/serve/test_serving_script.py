@@ -19,7 +19,7 @@ def test_gpus_that_cannot_share_the_heads_must_be_refused(tmp_path: Path) -> Non
     save_hybrid(tmp_path / "mix", "mix")
     (tmp_path / "asked.json").write_text(json.dumps({"mix": str(tmp_path / "mix")}))
     command = [sys.executable, str(SCRIPT), "answer", str(tmp_path / "asked.json"), "eager", "4"]
-    subprocess.run([*command, str(tmp_path / "found.json")], check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "found.json"), "1,5"], check=True, capture_output=True)
     row = json.loads((tmp_path / "found.json").read_text())["mix"]
     assert "expected one of 1, 2" in row["refused"]
 
