@@ -321,7 +321,8 @@ def test_an_engine_is_asked_for_the_longest_sequence_and_closed_before_the_next(
     events: list[Any] = []
 
     @contextmanager
-    def opened(folder: Path, longest: int, dtype: str) -> Iterator[Any]:
+    def opened(folder: Path, longest: int, own: int, dtype: str) -> Iterator[Any]:
+        assert own == context
         events.append(longest)
         yield None
         events.append("closed")
