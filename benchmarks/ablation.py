@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from common import RESULTS, circumstances, write_result
 from jobs import Job, last_line, run_jobs
-from variants import changed, shared_out
+from variants import changed, corpus_digest, read_yaml, shared_out
 
 from hylo.distill.recipe import parse_recipe
 from hylo.errors import HyLoError
@@ -57,12 +57,13 @@ def read_table(path: Path, tokens: int, changes: Sequence[str]) -> tuple[dict[st
 
     Raises HyLoError where a change does not fit its recipe.
     """
-    table = yaml.safe_load(path.read_text())
+    table = read_yaml(path)
     variants = []
+    if lacking := [key for key in ("control", "reference", "variants") if key not in table]:
+        raise HyLoError(f"{path} lacks {lacking[0]}; expected a table such as {TABLE}")
     for name, says in table["variants"].items():
         file = RECIPES / f"{says.get('recipe', 'hybrid')}.yaml"
-        values = yaml.safe_load(file.read_text())
-        values = changed(values, [*table.get("common", []), *changes, *says.get("set", [])])
+        values = changed(read_yaml(file), [*table.get("common", []), *changes, *says.get("set", [])])
         share = says.get("stage1", table.get("stage1"))
         values = shared_out(values, round(tokens * says.get("scale", 1)), share)
         variants.append(Variant(name, says["group"], says, values))
@@ -216,12 +217,14 @@ def main() -> None:
     for part in ("tokens", "held-out"):
         if not (arguments.data / part).is_dir():
             sys.exit(f"error: {arguments.data} holds no folder {part}; expected what corpus.py packs")
+    corpus = corpus_digest(arguments.data)
     folders = {name: arguments.runs.absolute() / name for name in names}
     gpus = [gpu for gpu in arguments.gpus.split(",") if gpu]
     results: dict[str, dict[str, Any]] = {}
     for variant in variants:
         file = folders[variant.name] / "result.json"
-        if file.is_file() and (found := read_json(file))["recipe"] == variant.recipe and "failed" not in found:
+        found = read_json(file) if file.is_file() else {"failed": "not made"}
+        if "failed" not in found and (found["recipe"], found.get("corpus")) == (variant.recipe, corpus):
             results[variant.name] = found
 
     def write() -> dict[str, dict[str, Any]]:
@@ -236,6 +239,7 @@ def main() -> None:
     def ended(job: Job, code: int, seconds: float) -> None:
         variant = chosen[job.name]
         result = {"group": variant.group, "says": variant.says, "recipe": variant.recipe, "command": "hylo upcycle"}
+        result["corpus"] = corpus
         result["wall_s"] = round(seconds, 1)
         if code:
             result["failed"] = f"exit code {code}: {last_line(job.log)}"
@@ -254,10 +258,12 @@ def main() -> None:
             print(f"{name}: there already")
             continue
         folder = folders[name]
-        if (file := folder / "recipe.yaml").is_file() and yaml.safe_load(file.read_text()) != chosen[name].recipe:
-            # Made by another table.
+        file, text = folder / "recipe.yaml", folder / "corpus.txt"
+        if file.is_file() and (read_yaml(file), text.is_file() and text.read_text()) != (chosen[name].recipe, corpus):
+            # Made by another table, or from other text.
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        text.write_text(corpus)
         file.write_text(yaml.safe_dump(chosen[name].recipe, sort_keys=False))
         command = [sys.executable, "-m", "hylo", "upcycle", str(file), "--output", str(folder / "run")]
         jobs.append(Job(name, command, folder / "log.txt", arguments.data.absolute()))

@@ -22,6 +22,7 @@ The first recipe is the one that is judged; one called `paper` is its control.
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +32,7 @@ from typing import Any
 import yaml
 from common import RESULTS, circumstances, write_result
 from jobs import Job, last_line, run_jobs
-from variants import changed, shared_out
+from variants import changed, corpus_digest, read_yaml, shared_out
 
 from hylo.distill.recipe import parse_recipe
 from hylo.errors import HyLoError
@@ -53,10 +54,25 @@ def recipe_values(name: str, scale: float, changes: Sequence[str]) -> dict[str, 
     file = RECIPES / f"{name}.yaml" if "/" not in name and not name.endswith(".yaml") else Path(name)
     if not file.is_file():
         raise HyLoError(f"no recipe {name!r}; expected {file}")
-    values = changed(yaml.safe_load(file.read_text()), changes)
-    values = shared_out(values, round(scale * sum(int(stage["tokens"]) for stage in values["stages"])))
+    if not (math.isfinite(scale) and scale > 0):
+        raise HyLoError(f"--scale {scale:g}: expected a positive number")
+    values = changed(read_yaml(file), changes)
+    values = shared_out(values, scale=scale)
     parse_recipe(values, str(file))
     return values
+
+
+def all_recipes(names: Sequence[str], scale: float, changes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Recipes by the names of their runs. Raises HyLoError where one is none, or two would have one name."""
+    recipes: dict[str, dict[str, Any]] = {}
+    for given in names:
+        name = Path(given).stem
+        if name in recipes or name in ("base", "evaluate") or not re.fullmatch(r"[\w.-]+", name):
+            raise HyLoError(
+                f"--recipe {given}: expected a file with a name of its own, without blanks, and not {name!r}"
+            )
+        recipes[name] = recipe_values(given, scale, changes)
+    return recipes
 
 
 # Training.
@@ -89,6 +105,23 @@ def training_of(run: Path) -> dict[str, Any]:
     }
     keys = ("layout", "parameters", "base_parameters", "cache_ratio", "scores", "samples", "seconds", "recipe")
     return {key: report[key] for key in keys} | {"stages": stages}
+
+
+# What only says how a run is carried out, and may change while it goes on.
+_CARRYING = ("checkpoints", "on_anomaly", "spike_factor", "report_to")
+
+
+def check_runs(recipes: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Raises HyLoError where a run that is there was made by another recipe than the one of its name."""
+    for name, values in recipes.items():
+        if (file := folder / name / "run" / "run.json").is_file():
+            asked = json.loads(parse_recipe(values).model_dump_json())
+            made = read_json(file)["recipe"]
+            differing = [key for key in asked if key not in _CARRYING and asked[key] != made.get(key)]
+            if differing:
+                raise HyLoError(
+                    f"{file.parent} was made with other {', '.join(differing)}; give --scale and --set alike"
+                )
 
 
 # Evaluation.
@@ -160,10 +193,11 @@ def evaluate(models: Mapping[str, tuple[str, str]], folder: Path, arguments: arg
         models: of each the reference, and what tells it from another of that name.
     """
     done, waiting, failed = {}, [], []
+    corpus = corpus_digest(arguments.data)
     references = {name: reference for name, (reference, _) in models.items()}
     for job, result in evaluation_jobs(references, folder, arguments.data.absolute(), arguments):
         # The interpreter says nothing of what is asked.
-        told_by = {"command": list(job.command[1:]), "model": models[job.name.split(" ")[0]][1]}
+        told_by = {"command": list(job.command[1:]), "model": models[job.name.split(" ")[0]][1], "corpus": corpus}
         marker = result.with_name("job.json")
         if result.is_file() and marker.is_file() and read_json(marker)["told_by"] == told_by:
             continue
@@ -426,9 +460,9 @@ def main() -> None:
     if arguments.data is not None and not all((arguments.data / part).is_dir() for part in ("tokens", "held-out")):
         parser.error(f"{arguments.data} lacks the folders tokens or held-out; expected what corpus.py packs")
     try:
-        recipes = {
-            Path(name).stem: recipe_values(name, arguments.scale, arguments.set) for name in arguments.recipe.split(",")
-        }
+        recipes = all_recipes(arguments.recipe.split(","), arguments.scale, arguments.set)
+        if "train" not in parts:
+            check_runs(recipes, arguments.runs)
     except HyLoError as error:
         sys.exit(f"error: {error}")
     folder, start, sound = arguments.runs.absolute(), time.monotonic(), True

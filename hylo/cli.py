@@ -59,6 +59,7 @@ def options(
         set_kernels(kernels.value if kernels is not None else chosen_kernels())
 
 
+CALIBRATION_TOKENS, CALIBRATION_LENGTH = 50_000, 512
 BASE_HELP = "A model folder, a hub id, a .gguf file, or package:NAME for a GGUF that an installed package carries."
 
 
@@ -142,8 +143,8 @@ def convert(
             help="Text (file, folder, python:topics) to solve output projections on. May be repeated.",
         ),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of that text.")] = 50_000,
-    calibration_length: Annotated[int, typer.Option(min=2, help="Tokens of a window of it.")] = 512,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of that text.")] = CALIBRATION_TOKENS,
+    calibration_length: Annotated[int, typer.Option(min=2, help="Tokens of a window of it.")] = CALIBRATION_LENGTH,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, tensor by tensor; write nothing.")
     ] = False,
@@ -163,6 +164,10 @@ def convert(
 
     if output is None and not dry_run:
         raise HyLoError("convert needs an OUTPUT folder, or --dry-run")
+    if as_json and not dry_run:
+        raise HyLoError("--json is for the plan that --dry-run prints; leave it out")
+    if not calibration_text and (calibration_tokens, calibration_length) != (CALIBRATION_TOKENS, CALIBRATION_LENGTH):
+        raise HyLoError("--calibration-tokens and --calibration-length are for the text of --calibrate; none is given")
     if output is not None and not dry_run:
         check_output(output, overwrite)
     resolve_base(base)

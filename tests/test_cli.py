@@ -90,6 +90,8 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     "bad dry run": ("convert base --dry-run -l 2MLA2GDN -g gdn.num_heads=0", "num_heads is 0"),
     "no output": ("convert base -l 2MLA2GDN", "OUTPUT"),
     "existing output": ("convert base exists -l 2MLA2GDN", "already exists"),
+    "calibration of no text": ("convert base out -l 2MLA2GDN --calibration-tokens 7", "--calibrate"),
+    "a plan of nothing as JSON": ("convert base out -l 2MLA2GDN --json", "--dry-run"),
     "missing calibration text": ("convert base out -l 2MLA2GDN --calibrate nowhere.txt", "nowhere.txt"),
     "missing recipe": ("upcycle nowhere.yaml -o out", "nowhere.yaml"),
     "bad key": ("upcycle bad_key.yaml -o out", "layuot"),

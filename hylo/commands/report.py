@@ -28,21 +28,31 @@ def report(
 
     Example: hylo report runs/mine eval/results.json --output mine.html --card runs/mine/model
     """
-    from hylo.evaluate.card import write_model_card
+    from hylo.evaluate.card import made_card
     from hylo.evaluate.page import read_sources, report_page
     from hylo.files import write_text
 
     if output.is_dir():
         raise HyLoError(f"{output} is a folder; expected a file such as {output / 'report.html'}")
+    if output.is_file() and not _is_page(output):
+        raise HyLoError(f"{output} is no page; expected a new file, or one that was made here")
     page = report_page(places, title)
-    written = write_model_card(card, read_sources(places)) if card is not None else None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, page)
-    except OSError as error:
-        raise HyLoError(f"cannot write {output}: {error.strerror}") from None
+    files = [(output, page)] + ([made_card(card, read_sources(places))] if card is not None else [])
+    for path, text in files:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        except OSError as error:
+            raise HyLoError(f"cannot write {path}: {error.strerror}") from None
     out.print(
         f"page       {output} ({len(page.encode()) / 1024:,.0f} KiB)", highlight=False, markup=False, soft_wrap=True
     )
-    if written is not None:
-        out.print(f"card       {written}", highlight=False, markup=False, soft_wrap=True)
+    for path, _ in files[1:]:
+        out.print(f"card       {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _is_page(file: Path) -> bool:
+    """Whether a file may be replaced: an empty one, or HTML."""
+    with file.open("rb") as opened:
+        start = opened.read(256).lstrip().lower()
+    return not start or start.startswith((b"<!doctype html", b"<html"))

@@ -29,7 +29,14 @@ _MARK = "<!-- made by hylo report -->"
 
 
 def write_model_card(folder: Path, sources: Sources) -> Path:
-    """Writes README.md into a hybrid's checkpoint. Returns its path.
+    """Writes README.md into a hybrid's checkpoint. Returns its path. Raises HyLoError as `made_card` does."""
+    path, text = made_card(folder, sources)
+    write_text(path, text)
+    return path
+
+
+def made_card(folder: Path, sources: Sources) -> tuple[Path, str]:
+    """Where a checkpoint's card belongs, and what it says.
 
     Raises HyLoError where the folder holds no hybrid, or a card that was not made here.
     """
@@ -39,10 +46,9 @@ def write_model_card(folder: Path, sources: Sources) -> Path:
     if not isinstance(config, HyLoConfig):
         raise HyLoError(f"{folder} is no hybrid; expected a checkpoint that hylo made")
     path = folder / _CARD_FILE
-    if path.is_file() and _MARK not in path.read_text(encoding="utf-8"):
+    if path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise HyLoError(f"{path} was not made by hylo report; move it away to have one made")
-    write_text(path, model_card(config, sources, folder))
-    return path
+    return path, model_card(config, sources, folder)
 
 
 def model_card(config: HyLoConfig, sources: Sources, folder: Path) -> str:
@@ -151,7 +157,7 @@ def _base_card(base: str) -> Path | None:
 
 
 def _card_license(card: Path) -> dict[str, str]:
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
         values = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError:

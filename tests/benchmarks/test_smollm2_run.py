@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from smollm2 import BARS, figures, recipe_values, rise, scores_of, verdicts
+from smollm2 import BARS, all_recipes, check_runs, figures, recipe_values, rise, scores_of, verdicts
+from variants import corpus_digest
 
 from hylo.distill.recipe import parse_recipe
 from hylo.errors import HyLoError
@@ -102,3 +103,44 @@ def test_tokens_are_scaled_and_unknown_recipes_refused() -> None:
         recipe_values("nothing", 1, [])
     with pytest.raises(HyLoError, match="less than one step"):
         recipe_values("hybrid", 1e-4, [])
+
+
+@pytest.mark.parametrize("names", [["hybrid", "alt/hybrid.yaml"], ["base.yaml"], ["my recipe.yaml"], ["evaluate"]])
+def test_runs_have_names_of_their_own(names: list[str]) -> None:
+    with pytest.raises(HyLoError, match="a name of its own"):
+        all_recipes(names, 1.0, [])
+
+
+@pytest.mark.parametrize(
+    ("scale", "changes", "named"),
+    [
+        (float("nan"), [], "--scale nan"),
+        (float("inf"), [], "--scale inf"),
+        (1.0, ["stages=null"], "without a stage of KL"),
+        (1.0, ["stages.stage2.tokens=x"], "number of tokens"),
+        (1.0, ["seed=[1"], "is no value"),
+    ],
+)
+def test_bad_settings_are_one_line(scale: float, changes: list[str], named: str) -> None:
+    with pytest.raises(HyLoError, match=named):
+        recipe_values("hybrid", scale, changes)
+
+
+def test_a_run_of_another_recipe_is_no_result(tmp_path: Path) -> None:
+    values = recipe_values("hybrid", 0.1, [])
+    run = tmp_path / "hybrid" / "run"
+    run.mkdir(parents=True)
+    made = parse_recipe(values).model_dump()
+    (run / "run.json").write_text(json.dumps({"recipe": made | {"on_anomaly": "skip"}}))
+    check_runs({"hybrid": values}, tmp_path)
+    with pytest.raises(HyLoError, match="was made with other stages"):
+        check_runs({"hybrid": recipe_values("hybrid", 0.2, [])}, tmp_path)
+
+
+def test_corpora_are_told_by_what_they_hold(tmp_path: Path) -> None:
+    for name, text in (("one", "a"), ("same", "a"), ("other", "b")):
+        (tmp_path / name / "tokens" / "prose").mkdir(parents=True)
+        (tmp_path / name / "held-out").mkdir()
+        (tmp_path / name / "tokens" / "prose" / "00000").write_text(text)
+    one, same, other = (corpus_digest(tmp_path / name) for name in ("one", "same", "other"))
+    assert one == same != other

@@ -79,6 +79,9 @@ def test_a_result_becomes_a_page(run: Run, tmp_path: Path) -> None:
         ("results.json --output .", "report.html"),
         ("results.json --card nowhere", "nowhere"),
         ("results.json --output results.json/page.html", "page.html"),
+        # What was measured is not written over.
+        ("results.json --output results.json", "results.json is no page"),
+        ("results.json --output results.json/page.html --card hybrid", "page.html"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, line: str, named: str) -> None:
@@ -91,7 +94,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, line
 
 
 def test_a_page_is_replaced_whole_or_not_at_all(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "page.html").write_text("before")
+    (tmp_path / "page.html").write_text("<!DOCTYPE html>before")
 
     def no_space(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -100,7 +103,23 @@ def test_a_page_is_replaced_whole_or_not_at_all(run: Run, tmp_path: Path, monkey
         patch.setattr(os, "fsync", no_space)
         result = run("results.json --output page.html")
     assert "cannot write page.html: No space left on device" in str(result.exception)
-    assert (tmp_path / "page.html").read_text() == "before"
+    assert (tmp_path / "page.html").read_text() == "<!DOCTYPE html>before"
     assert not list(tmp_path.glob(".page*"))
     assert run("results.json --output page.html").exit_code == 0
     assert "12.50" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("value", [{"format": "hylo-eval-1"}, RESULTS | {"results": ["one"]}, RESULTS | {"results": 3}])
+def test_results_that_lack_something_are_named(run: Run, tmp_path: Path, value: dict[str, Any]) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(value))
+    result = run("results.json")
+    assert isinstance(result.exception, HyLoError)
+    assert "results.json is not as hylo writes it" in str(result.exception)
+
+
+def test_a_run_without_its_recipe_is_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    result = run("run")
+    assert isinstance(result.exception, HyLoError)
+    assert "run.json is not as hylo writes it: KeyError 'recipe'" in str(result.exception)

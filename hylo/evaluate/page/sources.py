@@ -1,15 +1,17 @@
 """What a page is made from: folders of runs, and results of `hylo eval`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hylo.errors import HyLoError
 from hylo.evaluate.page.columns import columns
 from hylo.evaluate.suites import FORMAT
 from hylo.files import read_json
+
+_Read = TypeVar("_Read")
 
 _RUN_FILE = "run.json"
 _REPORT_FILE = Path("report") / "report.json"
@@ -70,13 +72,21 @@ def read_sources(places: Sequence[Path]) -> Sources:
     return sources
 
 
+def _checked(file: Path, read: Callable[[], _Read]) -> _Read:
+    """What `read` makes of a file that may be of another program, or of another version."""
+    try:
+        return read()
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise HyLoError(f"{file} is not as hylo writes it: {type(error).__name__} {error}") from None
+
+
 def _read_folder(folder: Path, sources: Sources) -> None:
     is_run = (folder / _RUN_FILE).is_file() or (folder / _REPORT_FILE).is_file()
     results = [file for file in (folder / "results.json", folder / "eval" / "results.json") if file.is_file()]
     if not is_run and not results:
         raise HyLoError(f"{folder} holds neither run.json nor results.json; expected a run, or results of `hylo eval`")
     if is_run:
-        sources.runs.append(_read_run(folder))
+        sources.runs.append(_checked(folder / _RUN_FILE, lambda: _read_run(folder)))
     for file in results:
         _read_file(file, sources)
 
@@ -109,9 +119,11 @@ def _metrics(file: Path) -> list[dict[str, Any]]:
 def _read_file(file: Path, sources: Sources) -> None:
     value = read_json(file)
     if isinstance(value, dict) and value.get("format") == FORMAT:
+        # Pages and cards are made of these.
+        _checked(file, lambda: [(value["settings"], result.get("suites")) for result in value["results"]])
         sources.evaluations.append(value)
     elif isinstance(value, dict) and {"token_mixers", "recipe", "training", "scores"} <= value.keys():
-        losses = {name: stage["logs"] for name, stage in value["training"].items()}
+        losses = _checked(file, lambda: {name: stage["logs"] for name, stage in value["training"].items()})
         sources.runs.append(Run(file.stem, value["recipe"], value, losses, file.absolute().parent.parent))
     else:
         raise HyLoError(f"{file} is no result; expected a results.json of `hylo eval`, or a run's report.json")
