@@ -1,5 +1,6 @@
 """Rows of JSON and Parquet files and of Hugging Face datasets, read one after another, and documents made of them."""
 
+import glob
 import gzip
 import importlib
 import itertools
@@ -30,6 +31,8 @@ _ROLES = {
     "function": "tool",
     "tool": "tool",
 }
+# Of a Parquet file, read at a time: by default as many as its first row group has, which may be none.
+_BATCH_ROWS = 1000
 Rows = Iterator[Mapping[str, Any]]
 
 
@@ -117,7 +120,9 @@ def read_parquet_rows(file: Path, columns: Sequence[str | None]) -> Rows:
     wanted = [column for column in columns if column is not None]
 
     def opened() -> Rows:
-        rows = datasets.load_dataset("parquet", data_files=[str(file)], split="train", streaming=True)
+        # What is named there is a pattern.
+        named = [glob.escape(str(file))]
+        rows = datasets.load_dataset("parquet", data_files=named, split="train", streaming=True, batch_size=_BATCH_ROWS)
         return iter(rows.select_columns(wanted) if wanted and set(wanted) <= set(rows.column_names or ()) else rows)
 
     return told(opened, f"{file} cannot be read")

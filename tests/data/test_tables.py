@@ -11,6 +11,7 @@ import datasets
 import pytest
 import zstandard
 from data_examples import chats, rows
+from pyarrow import parquet
 
 from hylo.data.sections import SourceSection
 from hylo.data.sources import open_source, read_documents
@@ -53,6 +54,27 @@ def test_every_kind_of_file(tmp_path: Path, write_json_lines: WriteJsonLines, na
     documents = read_documents([str(path)])
     assert [document.text for document in documents] == [row["text"] for row in expected]
     assert [document.name for document in documents] == [f"{name}#{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("name", ["part[12]", "part*", "part?", ".part"])
+def test_a_parquet_file_is_no_pattern(tmp_path: Path, name: str) -> None:
+    for number in (1, 2):
+        write_parquet(tmp_path / "set" / f"part{number}.parquet", rows(1, number))
+    path = write_parquet(tmp_path / "set" / f"{name}.parquet", rows(1, 9))
+    assert [document.text for document in read_documents([str(path)])] == [rows(1, 9)[0]["text"]]
+
+
+def test_a_parquet_file_or_row_group_without_rows(tmp_path: Path) -> None:
+    full = write_parquet(tmp_path / "set" / "full.parquet", rows(3))
+    table = parquet.read_table(full)
+    parquet.write_table(table.slice(0, 0), tmp_path / "set" / "empty.parquet")
+    with parquet.ParquetWriter(tmp_path / "groups.parquet", table.schema) as writer:
+        for group in (table.slice(0, 0), table.slice(0, 2), table.slice(2)):
+            writer.write_table(group)
+    for source in (tmp_path / "set", tmp_path / "groups.parquet"):
+        assert [document.text for document in read_documents([str(source)])] == [row["text"] for row in rows(3)]
+    with pytest.raises(HyLoError, match=r"no text in .*empty\.parquet"):
+        read_documents([str(tmp_path / "set" / "empty.parquet")])
 
 
 def test_columns_are_guessed_or_named(write_json_lines: WriteJsonLines, tmp_path: Path) -> None:
