@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from hylo.data.documents import Document
+from hylo.data.documents import Document, as_unicode
 from hylo.data.sections import SourceSection
 from hylo.errors import HyLoError
 
@@ -146,7 +146,7 @@ def told(opened: Callable[[], Rows], what: str) -> Rows:
 
 
 def documents_of(rows: Rows, section: SourceSection, where: str) -> Iterator[Document]:
-    """Documents named `where#ROW`; rows without text are left out.
+    """Documents named `where#ROW`; rows without text are left out, and halves of surrogate pairs replaced.
 
     Raises HyLoError where the columns are not there, or a row holds something else than text or messages.
     """
@@ -155,7 +155,7 @@ def documents_of(rows: Rows, section: SourceSection, where: str) -> Iterator[Doc
     for number, row in enumerate(rows):
         if column is None:
             column, chat = choose_column(list(row), section, where)
-        name, value = f"{where}#{number}", row.get(column)
+        name, value = f"{where}#{number}", _as_unicode(row.get(column))
         if value is None or (isinstance(value, list | str) and len(value) == 0):
             continue
         if chat:
@@ -165,6 +165,17 @@ def documents_of(rows: Rows, section: SourceSection, where: str) -> Iterator[Doc
             raise HyLoError(f"{name}: column {column!r} holds a {type(value).__name__}; expected text")
         elif value.strip():
             yield Document(name, value)
+
+
+def _as_unicode(value: Any) -> Any:
+    """All texts of a row's value."""
+    if isinstance(value, str):
+        return as_unicode(value)
+    if isinstance(value, list):
+        return [_as_unicode(part) for part in value]
+    if isinstance(value, dict):
+        return {_as_unicode(key): _as_unicode(part) for key, part in value.items()}
+    return value
 
 
 def choose_column(columns: Sequence[str], section: SourceSection, where: str) -> tuple[str, bool]:

@@ -13,6 +13,7 @@ import zstandard
 from data_examples import chats, rows
 from pyarrow import parquet
 
+from hylo.data.encode import Encoder
 from hylo.data.sections import SourceSection
 from hylo.data.sources import open_source, read_documents
 from hylo.errors import HyLoError
@@ -114,6 +115,22 @@ def test_reading_is_lazy(write_json_lines: WriteJsonLines, tmp_path: Path) -> No
     assert len(list(itertools.islice(documents, 3))) == 3
     with pytest.raises(HyLoError, match=r"a\.jsonl:4 is no JSON"):
         next(documents)
+
+
+def test_half_a_surrogate_pair_is_replaced(
+    tokenizer: Any, smollm2_tokenizer: Any, write_json_lines: WriteJsonLines
+) -> None:
+    """JSON may escape one alone; UTF-8 and tokenizers have none."""
+    said = [{"role": "user", "content": "a \ud83d b"}, {"role": "assistant", "content": [{"text": "\udc4d"}]}]
+    [text] = read_documents([str(write_json_lines("a.jsonl", [{"text": "one \ud83d two \ud83d\ude00"}]))])
+    assert text.text == "one \ufffd two \U0001f600"
+    assert Encoder(tokenizer).encode([text], [])[0] is not None
+    [chat] = read_documents([str(write_json_lines("b.jsonl", [{"messages": said[:1]}]))])
+    assert Encoder(smollm2_tokenizer).encode([chat], [])[0] is not None
+    [parts] = read_documents([str(write_json_lines("c.jsonl", [{"messages": said}]))])
+    assert parts.text == "a \ufffd b\n\n\ufffd"
+    assert parts.messages is not None
+    assert parts.messages[1]["content"] == [{"text": "\ufffd"}]
 
 
 @pytest.mark.parametrize(
