@@ -28,8 +28,8 @@ def continue_prompt(
         temperature: 0 is greedy.
 
     Raises:
-        HyLoError: on a prompt that is empty or that UTF-8 cannot hold, or where `chat` is asked of a tokenizer without a
-            template.
+        HyLoError: on a prompt that is empty or that UTF-8 cannot hold, or where `chat` is asked of a tokenizer without
+            a template.
     """
     if not prompt.strip():
         raise HyLoError("the prompt is empty")
