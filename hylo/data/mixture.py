@@ -91,8 +91,8 @@ def plan_windows(
         packing: several pieces a window; otherwise one, and those that fill less than half a window are left out.
 
     Raises:
-        HyLoError: where the length leaves no room for text, a source with a weight has no text, weights are too large, or, without packing,
-            no document fills half a window.
+        HyLoError: where the length leaves no room for text, a source with a weight has no text, weights are too large,
+            or, without packing, no document fills half a window.
     """
     sources = [_Sequence(part, length, np.random.default_rng([seed, i]), packing) for i, part in enumerate(parts)]
     if not any(source.tokens for source in sources):

@@ -34,9 +34,9 @@ class SourceSection(Section):
 
     Attributes:
         source: `python:topics`, `python:stdlib`, a file, a folder or a pattern such as `data/*.parquet` (text files:
-            .txt, .md, .rst, .py; tables: .jsonl and .json, also as .gz or .zst, .parquet), the folder of a dataset that
-            `save_to_disk` wrote, `hf:NAME` or `hf:OWNER/NAME/CONFIG` for a dataset of the Hugging Face hub, or
-            `tokens:FOLDER` for token stores.
+            .txt, .md, .rst, .py; tables: .jsonl, .ndjson and .json, also as .gz or .zst, .parquet), the folder of a
+            dataset that `save_to_disk` wrote, `hf:NAME` or `hf:OWNER/NAME/CONFIG` for a dataset of the Hugging Face
+            hub, or `tokens:FOLDER` for token stores.
         config, split, revision: of a dataset of the hub; `train` is the split by default.
         streaming: read a dataset of the hub row by row over the network, rather than downloading it first. Files are
             always read row by row.

@@ -82,9 +82,10 @@ def _json_rows(file: Path) -> Rows:
 def _opened(file: Path) -> TextIO:
     # A mark of byte order may stand first.
     encoding = "utf-8-sig"
-    if file.suffix == ".gz":
+    packed = file.suffix.lower()
+    if packed == ".gz":
         return cast(TextIO, gzip.open(file, "rt", encoding=encoding))
-    if file.suffix == ".zst":
+    if packed == ".zst":
         try:
             zstandard = importlib.import_module("zstandard")
         except ImportError:
@@ -225,6 +226,7 @@ def _said(messages: Sequence[Mapping[str, Any]]) -> str:
         if message["role"] in ("system", "developer"):
             continue
         if isinstance(content, list):
-            content = "\n".join(part.get("text", "") for part in content if isinstance(part, dict))
+            # A part without text, such as an image, has the key in a table all the same.
+            content = "\n".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
         parts.append(str(content))
     return "\n\n".join(parts)

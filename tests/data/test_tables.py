@@ -175,6 +175,13 @@ def test_chats_of_a_parquet_file_are_those_of_its_rows(tmp_path: Path) -> None:
     assert [list(document.messages or ()) for document in documents] == [row["messages"] for row in values]
 
 
+def test_parts_of_a_message_without_text(tmp_path: Path) -> None:
+    """A table gives an image the keys of the texts beside it."""
+    content = [{"type": "text", "text": "what is this?"}, {"type": "image", "text": None}]
+    path = write_parquet(tmp_path / "a.parquet", [{"messages": [{"role": "user", "content": content}]}])
+    assert read_documents([str(path)])[0].text == "what is this?\n"
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
