@@ -28,8 +28,8 @@ def continue_prompt(
         temperature: 0 is greedy.
 
     Raises:
-        HyLoError: on a prompt that is empty or that UTF-8 cannot hold, or where `chat` is asked of a tokenizer without
-            a template.
+        HyLoError: on a prompt that is empty, that UTF-8 cannot hold or that has ids beyond the model's embedding, or
+            where `chat` is asked of a tokenizer without a template.
     """
     if not prompt.strip():
         raise HyLoError("the prompt is empty")
@@ -43,6 +43,11 @@ def continue_prompt(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    largest, words = int(inputs["input_ids"].max()), model.get_input_embeddings().num_embeddings
+    if largest >= words:
+        raise HyLoError(
+            f"the tokenizer gives the prompt id {largest}, and the model has embeddings for {words} ids alone"
+        )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(
         **inputs,

@@ -1,10 +1,10 @@
-"""Continuing a prompt: what is no prompt."""
+"""Continuing a prompt: what is refused."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_tokenizer
+from tiny import VOCABULARY, make_tokenizer
 
 from hylo.errors import HyLoError
 from hylo.generate import continue_prompt
@@ -23,3 +23,12 @@ def model(base_folder: Path) -> Any:
 def test_what_is_no_prompt(model: Any, prompt: str, message: str) -> None:
     with pytest.raises(HyLoError, match=message):
         continue_prompt(model, make_tokenizer(), prompt, max_new_tokens=1)
+
+
+def test_a_token_that_the_model_has_no_embedding_for(model: Any) -> None:
+    tokenizer = make_tokenizer()
+    while len(tokenizer) <= VOCABULARY:
+        tokenizer.add_tokens([f"<more{len(tokenizer)}>"])
+    assert isinstance(continue_prompt(model, tokenizer, "bado", max_new_tokens=1), str)
+    with pytest.raises(HyLoError, match="gives the prompt id 300, and the model has embeddings for 300 ids alone"):
+        continue_prompt(model, tokenizer, f"bado <more{VOCABULARY}>", max_new_tokens=1)

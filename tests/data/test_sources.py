@@ -87,7 +87,9 @@ def test_kinds_of_tables_however_they_are_written(tmp_path: Path, write_json_lin
 @pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.arrow", "a.jsonl.bz2", "a.txt.gz", "a.npy"])
 def test_a_file_of_another_kind_is_no_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("text,number\nwords,1\n")
-    with pytest.raises(HyLoError, match=r"is no plain text by its name; expected text, or a table in \.parquet, \.jsonl"):
+    with pytest.raises(
+        HyLoError, match=r"is no plain text by its name; expected text, or a table in \.parquet, \.jsonl"
+    ):
         read_documents([str(tmp_path / name)])
 
 
