@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from hylo.data.documents import is_unicode
 from hylo.errors import HyLoError
 
 
@@ -27,10 +28,13 @@ def continue_prompt(
         temperature: 0 is greedy.
 
     Raises:
-        HyLoError: on an empty prompt, or where `chat` is asked of a tokenizer without a template.
+        HyLoError: on a prompt that is empty, that UTF-8 cannot hold or that has ids beyond the model's embedding, or
+            where `chat` is asked of a tokenizer without a template.
     """
     if not prompt.strip():
         raise HyLoError("the prompt is empty")
+    if not is_unicode(prompt):
+        raise HyLoError("the prompt holds half of a surrogate pair; expected text that UTF-8 can hold")
     if chat:
         if not tokenizer.chat_template:
             raise HyLoError("the tokenizer has no chat template; leave out --chat")
@@ -39,6 +43,11 @@ def continue_prompt(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    largest, words = int(inputs["input_ids"].max()), model.get_input_embeddings().num_embeddings
+    if largest >= words:
+        raise HyLoError(
+            f"the tokenizer gives the prompt id {largest}, and the model has embeddings for {words} ids alone"
+        )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(
         **inputs,

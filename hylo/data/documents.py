@@ -1,6 +1,7 @@
 """A document: a text or a chat, and a name that stays the same from run to run."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,23 @@ class Document:
     name: str
     text: str
     messages: Sequence[Mapping[str, Any]] | None = field(default=None, hash=False)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: half of a surrogate pair, which JSON may escape alone, is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_unicode(text: str) -> str:
+    """With U+FFFD for each half of a surrogate pair, which no tokenizer takes."""
+    return text if is_unicode(text) else _SURROGATE.sub("\ufffd", text)
 
 
 def unit_hash(name: str, salt: str = "") -> float:

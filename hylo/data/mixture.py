@@ -5,6 +5,7 @@ source in proportion to its share, so that the source that is gone over most oft
 of a round are packed together, and its windows shuffled.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,8 +91,8 @@ def plan_windows(
         packing: several pieces a window; otherwise one, and those that fill less than half a window are left out.
 
     Raises:
-        HyLoError: where the length leaves no room for text, a source with a weight has no text, or, without packing,
-            no document fills half a window.
+        HyLoError: where the length leaves no room for text, a source with a weight has no text, weights are too large,
+            or, without packing, no document fills half a window.
     """
     sources = [_Sequence(part, length, np.random.default_rng([seed, i]), packing) for i, part in enumerate(parts)]
     if not any(source.tokens for source in sources):
@@ -186,7 +187,12 @@ def _wanted(sources: Sequence[_Sequence], tokens: int | None) -> list[float]:
     for source, weight in zip(sources, weights, strict=True):
         if weight and not source.tokens:
             raise HyLoError(f"{source.part.name} has a weight of {weight:g} and no text that fits; leave it out")
-    return [tokens * weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    if not math.isfinite(tokens * total):
+        raise HyLoError(
+            f"the weights of the sources add up to {total:g}, too much for {tokens} tokens; choose smaller ones"
+        )
+    return [tokens * weight / total for weight in weights]
 
 
 def _pack(

@@ -1,5 +1,6 @@
 """The part of a recipe that says what to train and to evaluate on."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -24,6 +25,8 @@ class Section(BaseModel):
 
 # Keys of a dataset of the hub.
 _HUB_KEYS = ("config", "split", "revision", "streaming")
+# Keys of documents that are yet to be made tokens.
+_DOCUMENT_KEYS = ("text", "messages", "limit_documents")
 
 
 class SourceSection(Section):
@@ -31,9 +34,9 @@ class SourceSection(Section):
 
     Attributes:
         source: `python:topics`, `python:stdlib`, a file, a folder or a pattern such as `data/*.parquet` (text files:
-            .txt, .md, .rst, .py; tables: .jsonl and .json, also as .gz or .zst, .parquet), the folder of a dataset that
-            `save_to_disk` wrote, `hf:NAME` or `hf:OWNER/NAME/CONFIG` for a dataset of the Hugging Face hub, or
-            `tokens:FOLDER` for token stores.
+            .txt, .md, .rst, .py; tables: .jsonl, .ndjson and .json, also as .gz or .zst, .parquet), the folder of a
+            dataset that `save_to_disk` wrote, `hf:NAME` or `hf:OWNER/NAME/CONFIG` for a dataset of the Hugging Face
+            hub, or `tokens:FOLDER` for token stores.
         config, split, revision: of a dataset of the hub; `train` is the split by default.
         streaming: read a dataset of the hub row by row over the network, rather than downloading it first. Files are
             always read row by row.
@@ -58,6 +61,10 @@ class SourceSection(Section):
         given = [key for key in _HUB_KEYS if getattr(self, key) != type(self).model_fields[key].default]
         if given and not self.source.startswith("hf:"):
             raise ValueError(f"{given[0]} is for datasets of the hub; {self.source!r} does not begin with hf:")
+        if self.source.startswith("tokens:"):
+            for key in _DOCUMENT_KEYS:
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} is for documents; {self.source!r} holds tokens and takes a weight alone")
         if self.text is not None and self.messages is not None:
             raise ValueError("text and messages are two columns; expected one of them")
         if self.source.startswith("python:") and (self.text or self.messages):
@@ -103,6 +110,8 @@ class DataSection(Section):
         if any(weighted) and not all(weighted):
             missing = self.train[weighted.index(False)].source
             raise ValueError(f"train: {missing!r} has no weight and others have; expected one for each source, or none")
+        if not math.isfinite(sum(source.weight or 0.0 for source in self.train)):
+            raise ValueError("train: the weights add up to more than a number can hold; expected smaller ones")
         for source in self.eval or []:
             if source.weight is not None:
                 raise ValueError(f"eval: {source.source!r} has a weight; expected weights in train alone")

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,21 @@ from hylo.data.sections import SourceSection
 from hylo.data.tables import Rows, documents_of, first_line, read_json_rows, read_parquet_rows, require_datasets, told
 from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.tokens import TokenFolder
-from hylo.errors import HyLoError
+from hylo.errors import HyLoError, HyLoWarning
 from hylo.files import expand_user
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-_TABLE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+_JSON_LINES = (".jsonl", ".ndjson")
+_PACKED = ("", ".gz", ".zst")
+_TABLE_SUFFIXES = (".parquet", *(lines + packed for lines in _JSON_LINES for packed in _PACKED))
 _JSON_SUFFIXES = (".json", ".json.gz", ".json.zst")
+# What is read as text where it is named alone may end in anything but these: tables, archives, documents and arrays.
+_NO_TEXT_SUFFIXES = (
+    *(".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".db", ".sqlite", ".jsonlines"),
+    *(".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z"),
+    *(".pdf", ".doc", ".docx", ".odt", ".epub"),
+    *(".npy", ".npz", ".pt", ".pkl", ".bin", ".safetensors", ".gguf", ".h5"),
+)
 # What may lie beside the tables of a dataset and is no text of it.
 _BESIDE_TABLES = ("readme", "license")
 # Up to here a source is told by its content; a larger one by names, sizes and times of change.
@@ -96,6 +106,8 @@ class OpenSource:
 
 def open_source(source: str | SourceSection) -> OpenSource:
     """Raises HyLoError where there is no such source, or it holds no text."""
+    if source == "":
+        raise HyLoError(f"a text without a name; expected a file, a folder, hf:NAME or {', '.join(BUILTIN_SOURCES)}")
     section = SourceSection(source=source) if isinstance(source, str) else source
     name = section.source
     if name in BUILTIN_SOURCES:
@@ -108,10 +120,14 @@ def open_source(source: str | SourceSection) -> OpenSource:
         folder.stores()
         return OpenSource(section, lambda: _no_text(name), folder.digest)
     path = expand_user(name)
-    if _is_saved(path):
-        saved = _SavedDataset(section, path)
-        return OpenSource(section, saved.read, saved.digest)
-    files = _find_files(name)
+    try:
+        if _is_saved(path):
+            saved = _SavedDataset(section, path)
+            return OpenSource(section, saved.read, saved.digest)
+        files = _find_files(name)
+    # A name may be longer than a file's can be, or of a folder that is not to be entered.
+    except OSError as error:
+        raise HyLoError(f"text {name[:200]!r} cannot be read: {error.strerror}") from None
     return OpenSource(section, lambda: _read_files(files, section), lambda: _files_digest(files))
 
 
@@ -142,18 +158,35 @@ def _no_text(name: str) -> Iterator[Document]:
 
 
 def _find_files(source: str) -> dict[str, Path]:
-    """Files by the names that their documents get, from the source down: the split stays when a folder moves."""
+    """Files by the names that their documents get, from the source down: the split stays when a folder moves.
+
+    Links to folders are not followed: they may lead back, and what is reached twice would be other documents by name.
+
+    Raises HyLoError where there is none, or those that there are hold something else than text or tables.
+    """
     path = expand_user(source)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file()]
+        below = list(path.rglob("*"))
+        if linked := sorted(file for file in below if file.is_symlink() and file.is_dir()):
+            message = f"{linked[0]} is a link to a folder, and is not followed; name that folder as a source of its own"
+            warnings.warn(message, HyLoWarning, stacklevel=2)
+        files = [file for file in below if file.is_file()]
         found = {str(Path(path.name) / file.relative_to(path)): file for file in files}
     elif path.exists():
+        if _ends(path.name, _NO_TEXT_SUFFIXES) and not _ends(path.name, (*_TABLE_SUFFIXES, *_JSON_SUFFIXES)):
+            tables = ", ".join((*_TABLE_SUFFIXES, *_JSON_SUFFIXES))
+            raise HyLoError(f"{path} is no plain text by its name; expected text, or a table in {tables}")
         return {path.name: path}
     elif glob.has_magic(source):
         # The folder that everything like the pattern lies in.
         folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         pattern = str(path.relative_to(folder))
-        files = [file for file in folder.glob(pattern) if file.is_file()]
+        try:
+            files = [file for file in folder.glob(pattern) if file.is_file()]
+        except ValueError as error:
+            raise HyLoError(
+                f"{source!r} is no pattern of files: {error}; expected one such as 'text/**/*.txt'"
+            ) from None
         found = {str(Path(folder.name) / file.relative_to(folder)): file for file in files}
         if not found:
             raise HyLoError(f"no file is named like {source!r}")
@@ -163,17 +196,21 @@ def _find_files(source: str) -> dict[str, Path]:
     return _of_one_kind(found, source)
 
 
+def _ends(name: str, suffixes: tuple[str, ...]) -> bool:
+    return name.lower().endswith(suffixes)
+
+
 def _of_one_kind(files: dict[str, Path], source: str) -> dict[str, Path]:
     """Those that are read: texts, or else tables. Raises HyLoError where both are there, or neither."""
-    tables = {name: file for name, file in files.items() if name.endswith(_TABLE_SUFFIXES)}
-    texts = {name: file for name, file in files.items() if name.endswith(_TEXT_SUFFIXES)}
+    tables = {name: file for name, file in files.items() if _ends(name, _TABLE_SUFFIXES)}
+    texts = {name: file for name, file in files.items() if _ends(name, _TEXT_SUFFIXES)}
     if tables:
         # The JSON files beside tables are what tools keep of them.
         texts = {name: file for name, file in texts.items() if not file.name.lower().startswith(_BESIDE_TABLES)}
         if texts:
             pattern = f"{source}/**/*{Path(min(tables)).suffix}"
             raise HyLoError(f"{source} holds both {min(texts)} and {min(tables)}; say which are meant, as {pattern!r}")
-    found = tables or texts or {name: file for name, file in files.items() if name.endswith(_JSON_SUFFIXES)}
+    found = tables or texts or {name: file for name, file in files.items() if _ends(name, _JSON_SUFFIXES)}
     if not found:
         expected = ", ".join((*_TEXT_SUFFIXES, *_TABLE_SUFFIXES, *_JSON_SUFFIXES))
         raise HyLoError(f"{source} holds no text; expected files ending in {expected}")
@@ -184,7 +221,7 @@ def _read_files(files: dict[str, Path], section: SourceSection) -> Iterator[Docu
     chats: bool | None = None
     for name in _scattered(files):
         file = files[name]
-        if not name.endswith((*_TABLE_SUFFIXES, *_JSON_SUFFIXES)):
+        if not _ends(name, (*_TABLE_SUFFIXES, *_JSON_SUFFIXES)):
             if section.text or section.messages:
                 raise HyLoError(f"{file} is plain text and has no column {section.text or section.messages!r}")
             yield Document(name, _read_text(file))
@@ -204,7 +241,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_table(name: str, file: Path, section: SourceSection) -> Iterator[Document]:
-    if name.endswith(".parquet"):
+    if _ends(name, (".parquet",)):
         return documents_of(read_parquet_rows(file, [section.text, section.messages]), section, name)
     return documents_of(read_json_rows(file), section, name)
 

@@ -31,7 +31,7 @@ from hylo.files import atomic_directory, read_json, sync_tree, write_json
 from hylo.progress import bar
 
 # Part of every key: raise it when the same source would give other files.
-FORMAT = 2
+FORMAT = 3
 # Of a shard, about: what a killed run has to do again at most.
 SHARD_TOKENS = 2**26
 # Documents go to the tokenizer this many together, or this many characters.

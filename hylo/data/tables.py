@@ -1,5 +1,6 @@
 """Rows of JSON and Parquet files and of Hugging Face datasets, read one after another, and documents made of them."""
 
+import glob
 import gzip
 import importlib
 import itertools
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from hylo.data.documents import Document
+from hylo.data.documents import Document, as_unicode
 from hylo.data.sections import SourceSection
 from hylo.errors import HyLoError
 
@@ -30,6 +31,8 @@ _ROLES = {
     "function": "tool",
     "tool": "tool",
 }
+# Of a Parquet file, read at a time: by default as many as its first row group has, which may be none.
+_BATCH_ROWS = 1000
 Rows = Iterator[Mapping[str, Any]]
 
 
@@ -79,9 +82,10 @@ def _json_rows(file: Path) -> Rows:
 def _opened(file: Path) -> TextIO:
     # A mark of byte order may stand first.
     encoding = "utf-8-sig"
-    if file.suffix == ".gz":
+    packed = file.suffix.lower()
+    if packed == ".gz":
         return cast(TextIO, gzip.open(file, "rt", encoding=encoding))
-    if file.suffix == ".zst":
+    if packed == ".zst":
         try:
             zstandard = importlib.import_module("zstandard")
         except ImportError:
@@ -117,7 +121,9 @@ def read_parquet_rows(file: Path, columns: Sequence[str | None]) -> Rows:
     wanted = [column for column in columns if column is not None]
 
     def opened() -> Rows:
-        rows = datasets.load_dataset("parquet", data_files=[str(file)], split="train", streaming=True)
+        # What is named there is a pattern.
+        named = [glob.escape(str(file))]
+        rows = datasets.load_dataset("parquet", data_files=named, split="train", streaming=True, batch_size=_BATCH_ROWS)
         return iter(rows.select_columns(wanted) if wanted and set(wanted) <= set(rows.column_names or ()) else rows)
 
     return told(opened, f"{file} cannot be read")
@@ -141,7 +147,7 @@ def told(opened: Callable[[], Rows], what: str) -> Rows:
 
 
 def documents_of(rows: Rows, section: SourceSection, where: str) -> Iterator[Document]:
-    """Documents named `where#ROW`; rows without text are left out.
+    """Documents named `where#ROW`; rows without text are left out, and halves of surrogate pairs replaced.
 
     Raises HyLoError where the columns are not there, or a row holds something else than text or messages.
     """
@@ -150,7 +156,7 @@ def documents_of(rows: Rows, section: SourceSection, where: str) -> Iterator[Doc
     for number, row in enumerate(rows):
         if column is None:
             column, chat = choose_column(list(row), section, where)
-        name, value = f"{where}#{number}", row.get(column)
+        name, value = f"{where}#{number}", _as_unicode(row.get(column))
         if value is None or (isinstance(value, list | str) and len(value) == 0):
             continue
         if chat:
@@ -160,6 +166,17 @@ def documents_of(rows: Rows, section: SourceSection, where: str) -> Iterator[Doc
             raise HyLoError(f"{name}: column {column!r} holds a {type(value).__name__}; expected text")
         elif value.strip():
             yield Document(name, value)
+
+
+def _as_unicode(value: Any) -> Any:
+    """All texts of a row's value."""
+    if isinstance(value, str):
+        return as_unicode(value)
+    if isinstance(value, list):
+        return [_as_unicode(part) for part in value]
+    if isinstance(value, dict):
+        return {_as_unicode(key): _as_unicode(part) for key, part in value.items()}
+    return value
 
 
 def choose_column(columns: Sequence[str], section: SourceSection, where: str) -> tuple[str, bool]:
@@ -209,6 +226,7 @@ def _said(messages: Sequence[Mapping[str, Any]]) -> str:
         if message["role"] in ("system", "developer"):
             continue
         if isinstance(content, list):
-            content = "\n".join(part.get("text", "") for part in content if isinstance(part, dict))
+            # A part without text, such as an image, has the key in a table all the same.
+            content = "\n".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
         parts.append(str(content))
     return "\n\n".join(parts)

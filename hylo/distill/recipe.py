@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from hylo.data.documents import is_unicode
 from hylo.data.sections import DataSection, Number, Positive, Section, SourceSection
 from hylo.errors import HyLoError
 from hylo.precision import Precision
@@ -15,6 +16,14 @@ from hylo.precision import Precision
 def _not_other_text(value: Any) -> Any:
     if isinstance(value, str) and value != "paper":
         raise ValueError(f"{value!r}; expected 'paper' or sizes by mixer")
+    return value
+
+
+def _prompt(value: str) -> str:
+    if not value.strip():
+        raise ValueError("the prompt is empty; expected text to continue, or no prompt")
+    if not is_unicode(value):
+        raise ValueError("the prompt holds half of a surrogate pair; expected text that UTF-8 can hold")
     return value
 
 
@@ -174,7 +183,7 @@ class EvaluationSection(Section):
 
     tokens: Positive = 100_000
     length: Length = 2048
-    prompt: str | None = None
+    prompt: Annotated[str, AfterValidator(_prompt)] | None = None
     new_tokens: Positive = 48
 
 
@@ -245,16 +254,43 @@ class Recipe(Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as `safe_load` reads it, but a key given twice is a HyLoError, and so is a value that looks like a number or
+    date and is none."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here and not where mappings are made of nodes: those that `<<` brings in may be given again.
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault((key.tag, key.value), key) is not key:
+                lines = first[key.tag, key.value].start_mark.line + 1, key.start_mark.line + 1
+                raise HyLoError(f"{key.value}: given twice, in lines {lines[0]} and {lines[1]}; expected once")
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except HyLoError:
+            raise
+        # What Python's numbers and dates raise: PyYAML takes text for one by its first look.
+        except (ValueError, ArithmeticError, LookupError, AttributeError):
+            line, kind = node.start_mark.line + 1, node.tag.rpartition(":")[2]
+            raise HyLoError(f"line {line}: {str(node.value)[:40]!r} is no {kind}; expected one, or quotes") from None
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Reads and checks a recipe. Raises HyLoError, one line, naming the key that is wrong and what was expected."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise HyLoError(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise HyLoError(f"recipe {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except HyLoError as error:
+        raise HyLoError(f"{path}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise HyLoError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     return parse_recipe(values, str(path))
 
@@ -287,7 +323,16 @@ def _describe(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{place}: {message}" if place else message
-    return f"{place}: {error['input']!r}; {message[0].lower()}{message[1:]}"
+    return f"{place}: {_shown(error['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    # Of more digits than Python writes out; YAML may have them in another base.
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 _TYPE_TAGS = ("str", "list[str]", "constrained-float", "dict[str,dict[str,any]]", "literal['paper']")

@@ -152,6 +152,12 @@ def test_a_source_without_text(parts: list[Part], tmp_path: Path) -> None:
         plan_windows(weighted([*parts, empty], 1, 1, 2), 64, tokens=5_000, seed=0)
 
 
+@pytest.mark.parametrize("weights", [(1e308, 1e308), (1e305, 1)])
+def test_weights_beyond_what_numbers_hold(parts: list[Part], weights: tuple[float, float]) -> None:
+    with pytest.raises(HyLoError, match="too much for 5000 tokens; choose smaller ones"):
+        plan_windows(weighted(parts, *weights), 64, tokens=5_000, seed=0)
+
+
 def test_reports_say_what_was_left_out(tmp_path: Path) -> None:
     plan = plan_windows([Part("a", write_store(tmp_path / "a", [5, 6]))], 8, tokens=None, seed=0)
     report: dict[str, Any] = vars(plan.sources[0])

@@ -17,6 +17,11 @@ def test_strings_stand_for_sources() -> None:
     assert DataSection.model_validate(section.model_dump()) == section
 
 
+def test_tokens_may_have_a_weight() -> None:
+    section = DataSection.model_validate({"train": [{"source": "tokens:a", "weight": 3}]})
+    assert section.train[0].weight == 3
+
+
 def test_weights_may_be_whole_numbers() -> None:
     section = DataSection.model_validate({"train": [{"source": "a", "weight": 3}, {"source": "b", "weight": "1e-1"}]})
     assert [source.weight for source in section.train] == [3.0, 0.1]
@@ -36,6 +41,10 @@ def test_weights_may_be_whole_numbers() -> None:
         ({"train": [{"source": "a", "streaming": True}]}, "streaming is for datasets of the hub"),
         ({"train": [{"source": "a", "text": "x", "messages": "y"}]}, "two columns"),
         ({"train": [{"source": "python:topics", "text": "x"}]}, "python:topics has none"),
+        ({"train": [{"source": "tokens:a", "text": "x"}]}, "text is for documents; 'tokens:a' holds tokens"),
+        ({"train": [{"source": "tokens:a", "messages": "x"}]}, "messages is for documents"),
+        ({"train": [{"source": "tokens:a", "limit_documents": 1}]}, "limit_documents is for documents"),
+        ({"train": [{"source": "a", "weight": 1e308}, {"source": "b", "weight": 1e308}]}, "expected smaller ones"),
         ({"train": ["a"], "loss": "user"}, "'all' or 'assistant'"),
         ({"train": ["a"], "eval": []}, "at least 1 item"),
     ],

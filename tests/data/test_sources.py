@@ -1,17 +1,19 @@
 """Sources: files, folders, patterns, built-in text, and what tells that they changed."""
 
+import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 from data_examples import rows
 from tiny import sentences
 
 from hylo.data import sources
 from hylo.data.sections import SourceSection
 from hylo.data.sources import open_source, read_documents
-from hylo.errors import HyLoError
+from hylo.errors import HyLoError, HyLoWarning
 
 WriteJsonLines = Callable[..., Path]
 
@@ -51,6 +53,61 @@ def test_bad_sources(tmp_path: Path, name: str) -> None:
         read_documents([source])
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "a text without a name; expected a file, a folder"),
+        ("**.txt", r"'\*\*\.txt' is no pattern of files: .*; expected one such as"),
+        ("x" * 5000, "cannot be read: File name too long"),
+        ("x" * 5000 + "*", "cannot be read: File name too long|no file is named like"),
+    ],
+)
+def test_what_is_no_name_of_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HyLoError, match=message) as error:
+        open_source(source)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.Ndjson.GZ", "a.NDJSON.zst", "a.Json", "a.JSON.gz"])
+def test_kinds_of_tables_however_they_are_written(tmp_path: Path, write_json_lines: WriteJsonLines, name: str) -> None:
+    plain = write_json_lines("plain", rows(2)).read_bytes()
+    packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix.lower(), bytes)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / name).write_bytes(packed(plain))
+    for source in (tmp_path / "set" / name, tmp_path / "set"):
+        documents = read_documents([str(source)])
+        assert [document.text for document in documents] == [row["text"] for row in rows(2)]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.arrow", "a.jsonl.bz2", "a.txt.gz", "a.npy"])
+def test_a_file_of_another_kind_is_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("text,number\nwords,1\n")
+    with pytest.raises(
+        HyLoError, match=r"is no plain text by its name; expected text, or a table in \.parquet, \.jsonl"
+    ):
+        read_documents([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.py", "a.tex", "a.TXT", "LICENSE", "a.c"])
+def test_a_file_named_by_itself_is_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("words")
+    assert names(str(tmp_path / name)) == [name]
+
+
+def test_links_to_folders_are_told_of_and_not_followed(text_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.txt").symlink_to(text_folder / "text00.txt")
+    (tmp_path / "set" / "back").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "more").symlink_to(text_folder)
+    with pytest.warns(HyLoWarning, match="set/back is a link to a folder, and is not followed"):
+        assert names(str(tmp_path / "set")) == ["set/a.txt"]
+    # What is named is followed.
+    assert len(names(str(tmp_path / "set" / "more"))) == 12
 
 
 def test_the_standard_library_is_without_the_topics() -> None:

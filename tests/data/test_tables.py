@@ -11,7 +11,9 @@ import datasets
 import pytest
 import zstandard
 from data_examples import chats, rows
+from pyarrow import parquet
 
+from hylo.data.encode import Encoder
 from hylo.data.sections import SourceSection
 from hylo.data.sources import open_source, read_documents
 from hylo.errors import HyLoError
@@ -55,6 +57,27 @@ def test_every_kind_of_file(tmp_path: Path, write_json_lines: WriteJsonLines, na
     assert [document.name for document in documents] == [f"{name}#{i}" for i in range(4)]
 
 
+@pytest.mark.parametrize("name", ["part[12]", "part*", "part?", ".part"])
+def test_a_parquet_file_is_no_pattern(tmp_path: Path, name: str) -> None:
+    for number in (1, 2):
+        write_parquet(tmp_path / "set" / f"part{number}.parquet", rows(1, number))
+    path = write_parquet(tmp_path / "set" / f"{name}.parquet", rows(1, 9))
+    assert [document.text for document in read_documents([str(path)])] == [rows(1, 9)[0]["text"]]
+
+
+def test_a_parquet_file_or_row_group_without_rows(tmp_path: Path) -> None:
+    full = write_parquet(tmp_path / "set" / "full.parquet", rows(3))
+    table = parquet.read_table(full)
+    parquet.write_table(table.slice(0, 0), tmp_path / "set" / "empty.parquet")
+    with parquet.ParquetWriter(tmp_path / "groups.parquet", table.schema) as writer:
+        for group in (table.slice(0, 0), table.slice(0, 2), table.slice(2)):
+            writer.write_table(group)
+    for source in (tmp_path / "set", tmp_path / "groups.parquet"):
+        assert [document.text for document in read_documents([str(source)])] == [row["text"] for row in rows(3)]
+    with pytest.raises(HyLoError, match=r"no text in .*empty\.parquet"):
+        read_documents([str(tmp_path / "set" / "empty.parquet")])
+
+
 def test_columns_are_guessed_or_named(write_json_lines: WriteJsonLines, tmp_path: Path) -> None:
     content = write_json_lines("content.jsonl", [{"id": 1, "content": "words"}])
     assert read_documents([str(content)])[0].text == "words"
@@ -92,6 +115,22 @@ def test_reading_is_lazy(write_json_lines: WriteJsonLines, tmp_path: Path) -> No
     assert len(list(itertools.islice(documents, 3))) == 3
     with pytest.raises(HyLoError, match=r"a\.jsonl:4 is no JSON"):
         next(documents)
+
+
+def test_half_a_surrogate_pair_is_replaced(
+    tokenizer: Any, smollm2_tokenizer: Any, write_json_lines: WriteJsonLines
+) -> None:
+    """JSON may escape one alone; UTF-8 and tokenizers have none."""
+    said = [{"role": "user", "content": "a \ud83d b"}, {"role": "assistant", "content": [{"text": "\udc4d"}]}]
+    [text] = read_documents([str(write_json_lines("a.jsonl", [{"text": "one \ud83d two \ud83d\ude00"}]))])
+    assert text.text == "one \ufffd two \U0001f600"
+    assert Encoder(tokenizer).encode([text], [])[0] is not None
+    [chat] = read_documents([str(write_json_lines("b.jsonl", [{"messages": said[:1]}]))])
+    assert Encoder(smollm2_tokenizer).encode([chat], [])[0] is not None
+    [parts] = read_documents([str(write_json_lines("c.jsonl", [{"messages": said}]))])
+    assert parts.text == "a \ufffd b\n\n\ufffd"
+    assert parts.messages is not None
+    assert parts.messages[1]["content"] == [{"text": "\ufffd"}]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +173,13 @@ def test_chats_of_a_parquet_file_are_those_of_its_rows(tmp_path: Path) -> None:
     values[0]["messages"][1]["name"] = "a name"
     documents = read_documents([str(write_parquet(tmp_path / "a.parquet", values))])
     assert [list(document.messages or ()) for document in documents] == [row["messages"] for row in values]
+
+
+def test_parts_of_a_message_without_text(tmp_path: Path) -> None:
+    """A table gives an image the keys of the texts beside it."""
+    content = [{"type": "text", "text": "what is this?"}, {"type": "image", "text": None}]
+    path = write_parquet(tmp_path / "a.parquet", [{"messages": [{"role": "user", "content": content}]}])
+    assert read_documents([str(path)])[0].text == "what is this?\n"
 
 
 @pytest.mark.parametrize(

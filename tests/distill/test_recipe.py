@@ -80,6 +80,10 @@ def test_what_only_spares_memory_is_the_same_stage(key: str, value: Any, same: b
         (["data", "trian"], 1, "data.trian", "train, eval, holdout"),
         (["stages", 1, "lr"], 1, "stages[1].lr", "learning_rate"),
         (["evaluation", "token"], 1, "evaluation.token", "tokens"),
+        (["evaluation", "prompt"], "", "evaluation.prompt", "the prompt is empty"),
+        (["evaluation", "prompt"], " \n", "evaluation.prompt", "the prompt is empty"),
+        (["evaluation", "prompt"], "a \ud83d", "evaluation.prompt", "half of a surrogate pair"),
+        (["evaluation", "prompt"], 5, "evaluation.prompt", "string"),
         (["calibration", "ridg"], 1, "calibration.ridg", "ridge"),
         (["base"], ..., "base", "missing"),
         (["data"], ..., "data", "missing"),
@@ -175,6 +179,44 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, named: str) ->
     with pytest.raises(HyLoError, match=named) as error:
         load_recipe(tmp_path / "recipe.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("stages: []\nseed: 1\n", "stages: given twice, in lines 4 and 6; expected once"),
+        ("evaluation: {prompt: a, prompt: b}\n", "prompt: given twice, in lines 6 and 6"),
+        ('"base": other\n', "base: given twice, in lines 1 and 6"),
+        ("save_dtype: 2024-99-99\n", "line 6: '2024-99-99' is no timestamp"),
+        ("seed: 0b_\n", "line 6: '0b_' is no int"),
+        (f"seed: {'9' * 5000}\n", f"line 6: '{'9' * 40}' is no int"),
+        (f"seed: 0x{'f' * 5000}\n", "seed: a number of thousands of digits; "),
+        (f"seed: {'9' * 4000}\n", f"seed: {'9' * 200}...; "),
+        (f"seed: {'[' * 5000}\n", "is not YAML: maximum recursion depth"),
+    ],
+)
+def test_what_yaml_would_take_or_trip_over(tmp_path: Path, added: str, message: str) -> None:
+    recipe = "base: somewhere\nlayout: 2MLA2GDN\ndata: {train: [a.txt]}\nstages: []\ncalibration: {tokens: 64}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    load_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe + added)
+    with pytest.raises(HyLoError) as error:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert message in str(error.value)
+    assert "recipe.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_merged_may_be_given_again(tmp_path: Path) -> None:
+    recipe = (
+        "base: somewhere\nlayout: 2MLA2GDN\ndata: {train: [a.txt]}\nstages:\n"
+        "  - &first {name: a, objective: kl, length: 8, tokens: 64, learning_rate: 1e-3}\n"
+        "  - &second {<<: *first, name: b, length: 16}\n"
+        "  - {<<: *second, name: c}\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    stages = load_recipe(tmp_path / "recipe.yaml").stages
+    assert [(stage.name, stage.length) for stage in stages] == [("a", 8), ("b", 16), ("c", 16)]
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
