@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -80,6 +81,19 @@ def _of(section: str) -> Iterator[None]:
         yield
     except HyLoError as error:
         raise HyLoError(f"{section}: {error}") from None
+
+
+def _remove(folder: Path) -> None:
+    """At once, as far as its name goes; of a link the link alone. Raises HyLoError where it cannot be removed."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir():
+            doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+            folder.replace(doomed)
+            shutil.rmtree(doomed)
+    except OSError as error:
+        raise HyLoError(f"cannot remove {folder}, which is to be made again: {error.strerror}") from None
 
 
 class UpcycleRun:
@@ -430,8 +444,8 @@ class UpcycleRun:
         for leftover in self.output.glob(".*.partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for name in redo:
-            shutil.rmtree(self.output / name, ignore_errors=True)
-            self._stage_checkpoints(name).clear()
+            _remove(self.output / name)
+            _remove(self._stage_checkpoints(name).root)
         # Only now that what was there is gone.
         self._write_run_file(asked)
         return fingerprints
@@ -486,12 +500,13 @@ class UpcycleRun:
         """What a step kept that is done already; else None."""
         target = self.output / step.name
         file = target / _STEP_FILE
-        if not file.is_file():
+        kept = read_json(file) if file.is_file() else None
+        if kept is None or kept["fingerprint"] != self._fingerprints[step.name]:
             return None
         console.print(f"{step.name}: already done, in {target}", style="dim", highlight=False, markup=False)
         # Where the run was killed as it removed them.
         self._stage_checkpoints(step.name).clear()
-        return read_json(file)["result"]
+        return kept["result"]
 
     def _carry_out(self, step: Step) -> dict[str, Any]:
         start = time.monotonic()

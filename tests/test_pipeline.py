@@ -1,5 +1,6 @@
 """The whole road on a tiny base: steps, going on, refusing, failing, and the report."""
 
+import errno
 import gc
 import importlib.util
 import json
@@ -133,6 +134,44 @@ def test_first_redoes_from_there(run_folder: Path, recipe: Recipe) -> None:
     assert {name for name in STEPS if after[name] != before[name]} == {"model", "evaluate", "report"}
     # The same recipe gives the same scores.
     assert json.loads(after["evaluate"][1])["result"] == json.loads(before["evaluate"][1])["result"]
+
+
+def test_first_redoes_a_step_that_is_a_link(
+    run_folder: Path, base_folder: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    """What the link leads to, which may be another run's, is left alone."""
+    elsewhere = tmp_path / "elsewhere"
+    (run_folder / "stage2").rename(elsewhere)
+    (run_folder / "stage2").symlink_to(elsewhere)
+    (tmp_path / "checkpoints").mkdir()
+    (run_folder / ".stage2.checkpoints").symlink_to(tmp_path / "checkpoints")
+    before = (elsewhere / "step.json").read_text()
+    changed = make_recipe(base_folder, text_folder, learning_rate=2e-3)
+    run = UpcycleRun(changed, run_folder)
+    run.run(first="stage2", until="stage2")
+    assert not (run_folder / "stage2").is_symlink()
+    assert json.loads((run_folder / "stage2" / "step.json").read_text())["fingerprint"] == run._fingerprints["stage2"]
+    assert (elsewhere / "step.json").read_text() == before
+    assert names(run_folder) == {*STEPS[:4], "run.json"}
+
+
+def test_a_step_that_cannot_be_removed_is_told(
+    run_folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(HyLoError, match=r"cannot remove .*/report.*: Permission denied"):
+        run = UpcycleRun(recipe, run_folder)
+        monkeypatch.setattr(run, "_write_run_file", lambda redo: None)
+        run.run(first="report")
+
+
+def test_a_step_of_another_recipe_is_not_done(run_folder: Path, base_folder: Path, text_folder: Path) -> None:
+    run = UpcycleRun(make_recipe(base_folder, text_folder, learning_rate=2e-3), run_folder)
+    done = {step.name: run._done(step) is not None for step in run.steps}
+    assert done == {name: name in STEPS[:3] for name in STEPS}
 
 
 def test_until_stops_and_a_later_run_goes_on(recipe: Recipe, tmp_path: Path) -> None:
