@@ -10,7 +10,7 @@ import io
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,6 +219,11 @@ class Base:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of its tensors."""
+        return self._file_of.keys()
 
     def _is_tied(self) -> bool:
         """Whether the head is the embedding. As in transformers, stored values win over the config."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
@@ -86,7 +86,7 @@ def plan_conversion(
         rope_scaling: YaRN's factor and original_max_position_embeddings; the base's own scaling by default.
 
     Raises:
-        HyLoError: where layout, geometry and base do not fit, or the base lacks a tensor.
+        HyLoError: where layout, geometry and base do not fit, or the base lacks a tensor or has one too many.
     """
     mixers = parse_layout(layout, base.config.num_hidden_layers)
     config = hybrid_config(base.config, mixers, geometry or {}, source_name or base.folder.name, rope_scaling)
@@ -104,7 +104,21 @@ def plan_conversion(
         for source in tensor.sources:
             if source not in base:
                 raise HyLoError(f"{base.folder} has no tensor {source}, which {tensor.name} is made from")
+    _check_nothing_is_left(base)
     return ConversionPlan(config, start, weight_dtype, planned)
+
+
+def _check_nothing_is_left(base: Base) -> None:
+    """Raises HyLoError where the base has tensors that its config does not call for: the hybrid would lack them."""
+    with torch.device("meta"):
+        known = AutoModelForCausalLM.from_config(base.config).state_dict().keys()
+    # Older files store what the config says of the rotation.
+    extra = sorted(name for name in base.names if name not in known and not name.endswith(".rotary_emb.inv_freq"))
+    if extra:
+        raise HyLoError(
+            f"{base.folder} has tensors that its config.json does not call for: {len(extra)}, first {extra[0]}; "
+            "expected weights and config of the same model"
+        )
 
 
 def _layer_and_suffix(name: str) -> tuple[int, str] | None:
