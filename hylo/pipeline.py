@@ -286,7 +286,8 @@ class UpcycleRun:
 
     def _save(self, folder: Path) -> dict[str, Any]:
         model = self._model(self._previous("model"))
-        save_checkpoint(model.to(DTYPES[self.recipe.save_dtype]), folder, self.base_folder)
+        with _of("save_dtype"):
+            save_checkpoint(model, folder, self.base_folder, DTYPES[self.recipe.save_dtype])
         return {}
 
     def _evaluate(self, folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stages import KilledError, at_step
 from tiny import sentences, write_base
 
@@ -172,6 +173,17 @@ def test_a_step_of_another_recipe_is_not_done(run_folder: Path, base_folder: Pat
     run = UpcycleRun(make_recipe(base_folder, text_folder, learning_rate=2e-3), run_folder)
     done = {step.name: run._done(step) is not None for step in run.steps}
     assert done == {name: name in STEPS[:3] for name in STEPS}
+
+
+def test_a_model_that_its_dtype_cannot_hold_is_not_saved(run_folder: Path, recipe: Recipe) -> None:
+    file = run_folder / "stage2" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    narrow = recipe.model_copy(update={"save_dtype": "float16"})
+    with pytest.raises(HyLoError, match=r"save_dtype: model\.norm\.weight holds 100000"):
+        UpcycleRun(narrow, run_folder).run(first="model", until="model")
+    assert not (run_folder / "model").exists()
 
 
 def test_until_stops_and_a_later_run_goes_on(recipe: Recipe, tmp_path: Path) -> None:

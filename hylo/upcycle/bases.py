@@ -266,8 +266,33 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def save_checkpoint(model: PreTrainedModel, folder: Path, base: Path) -> None:
-    """Fills a folder with a model and the companions of its base."""
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype. Raises HyLoError where a value is not finite there."""
+    stored = tensor.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        if not bool(torch.isfinite(tensor).all()):
+            raise HyLoError(f"{name}: its values are not finite")
+        largest, reach = float(tensor.abs().max()), torch.finfo(dtype).max
+        raise HyLoError(
+            f"{name} holds {largest:.6g}, and {str(dtype).removeprefix('torch.')} reaches to {reach:.6g}; "
+            "expected a dtype that reaches further, such as bfloat16 or float32"
+        )
+    return stored
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path, base: Path, dtype: torch.dtype | None = None) -> None:
+    """Fills a folder with a model and the companions of its base.
+
+    Args:
+        dtype: of the weights, which the model is left in; what they are in by default.
+
+    Raises:
+        HyLoError: where a weight is not finite in that dtype.
+    """
+    if dtype is not None:
+        for name, value in model.state_dict().items():
+            in_dtype(name, value, dtype)
+        model = model.to(dtype)
     model.save_pretrained(folder)
     copy_companions(base, folder)
 

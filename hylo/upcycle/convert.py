@@ -21,7 +21,7 @@ from hylo.errors import HyLoError
 from hylo.files import atomic_directory, read_json, write_json
 from hylo.modeling import HyLoForCausalLM
 from hylo.progress import bar
-from hylo.upcycle.bases import Base, copy_companions
+from hylo.upcycle.bases import Base, copy_companions, in_dtype
 from hylo.upcycle.families import hybrid_config
 from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention, Start
 from hylo.upcycle.initialise.source import tensor_name
@@ -178,7 +178,7 @@ def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:
     A `solved` tensor is written as its rule makes it, an output projection as the base's; calibration replaces it.
 
     Raises:
-        HyLoError: where a tensor cannot be made.
+        HyLoError: where a tensor cannot be made, or holds more than the plan's dtype can.
     """
     shards = _shards(plan)
     layers: dict[int, SourceAttention] = {}
@@ -189,7 +189,7 @@ def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:
             announced = {tensor.name: TensorInfo(tensor.shape, plan.dtype) for tensor in shard}
             with TensorWriter(folder / file, announced) as writer:
                 for tensor in shard:
-                    writer.write(tensor.name, _make(tensor, plan, base, layers).to(plan.dtype))
+                    writer.write(tensor.name, in_dtype(tensor.name, _make(tensor, plan, base, layers), plan.dtype))
                     shown.advance(1)
             weight_map.update(dict.fromkeys(announced, file))
     if len(shards) > 1:

@@ -23,6 +23,7 @@ from hylo.upcycle.bases import (
     model_folder,
     opened_folder,
     resolve_base,
+    save_checkpoint,
     weights_digest,
 )
 
@@ -173,6 +174,18 @@ def test_hybrid_with_bad_geometry_is_refused(mixed_folder: Path, tmp_path: Path)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(HyLoError, match="v_head_dim"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(("value", "named"), [(1e5, "holds 100000, and float16 reaches to 65504"), (torch.nan, "finite")])
+def test_a_model_that_its_dtype_cannot_hold_is_not_saved(
+    base_folder: Path, tmp_path: Path, value: float, named: str
+) -> None:
+    model = load_model(base_folder)
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    with pytest.raises(HyLoError, match=rf"model\.norm\.weight.* {named}"):
+        save_checkpoint(model, tmp_path, base_folder, torch.float16)
+    assert not list(tmp_path.iterdir())
 
 
 def test_load_model_loads_bases_and_hybrids(base_folder: Path, mixed_folder: Path) -> None:

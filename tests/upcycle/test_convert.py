@@ -265,6 +265,18 @@ def test_values_that_are_not_finite_are_refused(base_folder: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_values_beyond_the_dtype_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    model = load_model(base_folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = -1e5
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(HyLoError, match=r"layers\.1\.mlp\.up_proj\.weight holds 100000, and float16 reaches to 65504;"):
+        convert_base(tmp_path / "base", tmp_path / "hybrid", "4GDN", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    # In what it can be held in it is kept.
+    convert_base(tmp_path / "base", tmp_path / "hybrid", "4GDN", dtype="float32")
+
+
 def test_sharded_saving_loads_the_same_values(
     base_folder: Path, mixed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
