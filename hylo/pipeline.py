@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hylo.config import HyLoConfig
 from hylo.data.prepare import Corpus
@@ -45,6 +45,7 @@ from hylo.upcycle.bases import (
     Base,
     base_digest,
     check_same_vocabulary,
+    load_config,
     load_model,
     load_tokenizer,
     model_folder,
@@ -367,7 +368,7 @@ class UpcycleRun:
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
             with Base.open(self.base_folder) as base:
-                teacher = AutoConfig.from_pretrained(self.teacher_folder)
+                teacher = load_config(self.teacher_folder).get_text_config(decoder=True)
                 if base.config.vocab_size != teacher.vocab_size:
                     raise HyLoError(
                         f"teacher {self.recipe.teacher} has a head of {teacher.vocab_size} words, the base one of "

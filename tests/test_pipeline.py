@@ -267,6 +267,15 @@ def test_what_later_steps_would_refuse_is_refused_first(tmp_path: Path, changed:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_of_an_unknown_family(recipe: Recipe, base_folder: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(base_folder, tmp_path / "teacher"))
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    with pytest.raises(HyLoError, match="unheard-of"):
+        UpcycleRun(recipe.model_copy(update={"teacher": str(teacher)}), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_run_leaves_the_first_alone(run_folder: Path, recipe: Recipe) -> None:
     """What it is at work on would look like the leftovers of a run that was killed."""
     partial = run_folder / ".stage2.partial-1234"

@@ -168,7 +168,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise HyLoError(f"{output} already exists; choose another output or pass --overwrite")
     config = output / "config.json"
-    if not config.is_file() or read_json(config).get("model_type") != HyLoConfig.model_type:
+    values = read_json(config) if config.is_file() else None
+    if not isinstance(values, dict) or values.get("model_type") != HyLoConfig.model_type:
         raise HyLoError(f"{output} is not a hybrid's checkpoint; --overwrite replaces nothing else")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import hylo.upcycle.convert
 from hylo.errors import HyLoError
 from hylo.upcycle.bases import Base, load_model
-from hylo.upcycle.convert import plan_conversion, plan_json, plan_table
+from hylo.upcycle.convert import convert, plan_conversion, plan_json, plan_table
 from hylo.upcycle.families import FAMILIES
 from hylo.upcycle.initialise.low_rank import low_rank
 
@@ -329,6 +329,15 @@ def test_existing_output_is_kept(base_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(HyLoError, match="already exists"):
         convert_base(base_folder, tmp_path / "out", "4GDN")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("config", ["[]", '"hylo"', '{"model_type": "llama"}'])
+def test_overwrite_replaces_hybrids_alone(base_folder: Path, tmp_path: Path, config: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(config)
+    with Base.open(base_folder) as base, pytest.raises(HyLoError, match="not a hybrid's checkpoint"):
+        convert(plan_conversion(base, "4GDN"), base, tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
 def test_config_of_the_hybrid(to_layout: Convert) -> None:
