@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from transformers import PreTrainedModel, set_seed
 
 from hylo.config import HyLoConfig
 from hylo.data.prepare import Corpus
+from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.windows import Windows, make_windows
 from hylo.distill import parallel
 from hylo.distill.checkpoints import Checkpoints
@@ -35,7 +38,7 @@ from hylo.distill.trainer import Carrying, resolve_report_to, train_stage
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import Reference, Scores, evaluate, make_reference
 from hylo.evaluate.report import write_report
-from hylo.files import atomic_directory, partial_of, read_json, sync_tree, write_json
+from hylo.files import atomic_directory, expand_user, partial_of, read_json, sync_tree, write_json
 from hylo.generate import continue_prompt
 from hylo.lock import LOCK_FILE, locked
 from hylo.modeling import HyLoForCausalLM
@@ -95,6 +98,14 @@ def _remove(folder: Path) -> None:
             shutil.rmtree(doomed)
     except OSError as error:
         raise HyLoError(f"cannot remove {folder}, which is to be made again: {error.strerror}") from None
+
+
+def _folder_of(source: str) -> Path | None:
+    """The folder all of which a source reads; None where it is none."""
+    path = expand_user(source.removeprefix(TOKENS))
+    if path.is_dir():
+        return path
+    return Path(*takewhile(lambda part: not has_magic(part), path.parts)) if "**" in path.parts else None
 
 
 class UpcycleRun:
@@ -376,7 +387,7 @@ class UpcycleRun:
                     )
 
     def _check_steps(self, config: HyLoConfig) -> None:
-        """What later steps would refuse of the hybrid, and of text that is too short for their windows."""
+        """What later steps would refuse of the hybrid, and of text: too short for windows, or none that is left."""
         recipe = self.recipe
         if recipe.calibration is not None and recipe.calibration.latents:
             check_latents(config)
@@ -390,6 +401,22 @@ class UpcycleRun:
             make_windows(self.corpus.evaluation, self.tokenizer, recipe.evaluation.length, limit_tokens=1)
         with _of("calibration"):
             self._calibration_windows()
+        for stage in recipe.stages:
+            with _of(stage.name):
+                self._check_text(stage)
+
+    def _check_text(self, stage: StageSection) -> None:
+        """Raises HyLoError where no windows can be made for a stage, or no tokens be kept."""
+
+        def prepare(tokens: int) -> None:
+            self.corpus.prepare(tokens=tokens, length=stage.length, seed=self.recipe.seed)
+
+        try:
+            # One window tells.
+            prepare(stage.length)
+        except HyLoError:
+            # Unless it is what stands first that cannot be used.
+            prepare(stage.steps * stage.tokens_per_step)
 
     def run(self, first: str | None = None, until: str | None = None) -> dict[str, Any]:
         """Does the steps that are not done yet. Returns what each step kept, by name.
@@ -473,6 +500,12 @@ class UpcycleRun:
             foreign = [name for name in names if name not in ours and ".partial-" not in name]
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
+        for source in [*self.recipe.data.train, *(self.recipe.data.eval or [])]:
+            folder = _folder_of(source.source)
+            if folder is not None and self.output.resolve().is_relative_to(folder.resolve()):
+                raise HyLoError(
+                    f"{self.output} is inside {folder}, all of which is read as text; choose another output"
+                )
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
