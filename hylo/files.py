@@ -35,6 +35,8 @@ def naming(path: Path) -> Iterator[None]:
 def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new directory beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
+    Where `path` is a link, it stays one, and what it leads to is written.
+
     Raises HyLoError where `path` exists and `overwrite` is false, before anything is written. An OSError of the block
     that names no file names `path`.
     """
@@ -44,21 +46,24 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise HyLoError(f"{path} is a file; expected a directory to write")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except RuntimeError:
+        raise HyLoError(f"cannot write to {path}: it is a link that leads to itself") from None
     except OSError as error:
         raise HyLoError(f"cannot write to {path.parent}: {error.strerror}") from None
     try:
         work.chmod(0o755)
         with naming(path):
             yield work
-        if path.exists():
+        if target.exists():
             old = work.with_name(work.name.replace(".partial-", ".old-"))
-            path.replace(old)
-            work.replace(path)
+            target.replace(old)
+            work.replace(target)
             shutil.rmtree(old)
         else:
-            work.replace(path)
+            work.replace(target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

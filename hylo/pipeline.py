@@ -11,20 +11,24 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hylo.config import HyLoConfig
 from hylo.data.prepare import Corpus
+from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.windows import Windows, make_windows
 from hylo.distill import parallel
 from hylo.distill.checkpoints import Checkpoints
@@ -34,7 +38,7 @@ from hylo.distill.trainer import Carrying, resolve_report_to, train_stage
 from hylo.errors import HyLoError
 from hylo.evaluate.agreement import Reference, Scores, evaluate, make_reference
 from hylo.evaluate.report import write_report
-from hylo.files import atomic_directory, partial_of, read_json, sync_tree, write_json
+from hylo.files import atomic_directory, expand_user, partial_of, read_json, sync_tree, write_json
 from hylo.generate import continue_prompt
 from hylo.lock import LOCK_FILE, locked
 from hylo.modeling import HyLoForCausalLM
@@ -44,6 +48,7 @@ from hylo.upcycle.bases import (
     Base,
     base_digest,
     check_same_vocabulary,
+    load_config,
     load_model,
     load_tokenizer,
     model_folder,
@@ -80,6 +85,27 @@ def _of(section: str) -> Iterator[None]:
         yield
     except HyLoError as error:
         raise HyLoError(f"{section}: {error}") from None
+
+
+def _remove(folder: Path) -> None:
+    """At once, as far as its name goes; of a link the link alone. Raises HyLoError where it cannot be removed."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir():
+            doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+            folder.replace(doomed)
+            shutil.rmtree(doomed)
+    except OSError as error:
+        raise HyLoError(f"cannot remove {folder}, which is to be made again: {error.strerror}") from None
+
+
+def _folder_of(source: str) -> Path | None:
+    """The folder all of which a source reads; None where it is none."""
+    path = expand_user(source.removeprefix(TOKENS))
+    if path.is_dir():
+        return path
+    return Path(*takewhile(lambda part: not has_magic(part), path.parts)) if "**" in path.parts else None
 
 
 class UpcycleRun:
@@ -272,7 +298,8 @@ class UpcycleRun:
 
     def _save(self, folder: Path) -> dict[str, Any]:
         model = self._model(self._previous("model"))
-        save_checkpoint(model.to(DTYPES[self.recipe.save_dtype]), folder, self.base_folder)
+        with _of("save_dtype"):
+            save_checkpoint(model, folder, self.base_folder, DTYPES[self.recipe.save_dtype])
         return {}
 
     def _evaluate(self, folder: Path) -> dict[str, Any]:
@@ -352,7 +379,7 @@ class UpcycleRun:
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
             with Base.open(self.base_folder) as base:
-                teacher = AutoConfig.from_pretrained(self.teacher_folder)
+                teacher = load_config(self.teacher_folder).get_text_config(decoder=True)
                 if base.config.vocab_size != teacher.vocab_size:
                     raise HyLoError(
                         f"teacher {self.recipe.teacher} has a head of {teacher.vocab_size} words, the base one of "
@@ -360,7 +387,7 @@ class UpcycleRun:
                     )
 
     def _check_steps(self, config: HyLoConfig) -> None:
-        """What later steps would refuse of the hybrid, and of text that is too short for their windows."""
+        """What later steps would refuse of the hybrid, and of text: too short for windows, or none that is left."""
         recipe = self.recipe
         if recipe.calibration is not None and recipe.calibration.latents:
             check_latents(config)
@@ -374,6 +401,22 @@ class UpcycleRun:
             make_windows(self.corpus.evaluation, self.tokenizer, recipe.evaluation.length, limit_tokens=1)
         with _of("calibration"):
             self._calibration_windows()
+        for stage in recipe.stages:
+            with _of(stage.name):
+                self._check_text(stage)
+
+    def _check_text(self, stage: StageSection) -> None:
+        """Raises HyLoError where no windows can be made for a stage, or no tokens be kept."""
+
+        def prepare(tokens: int) -> None:
+            self.corpus.prepare(tokens=tokens, length=stage.length, seed=self.recipe.seed)
+
+        try:
+            # One window tells.
+            prepare(stage.length)
+        except HyLoError:
+            # Unless it is what stands first that cannot be used.
+            prepare(stage.steps * stage.tokens_per_step)
 
     def run(self, first: str | None = None, until: str | None = None) -> dict[str, Any]:
         """Does the steps that are not done yet. Returns what each step kept, by name.
@@ -430,8 +473,8 @@ class UpcycleRun:
         for leftover in self.output.glob(".*.partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for name in redo:
-            shutil.rmtree(self.output / name, ignore_errors=True)
-            self._stage_checkpoints(name).clear()
+            _remove(self.output / name)
+            _remove(self._stage_checkpoints(name).root)
         # Only now that what was there is gone.
         self._write_run_file(asked)
         return fingerprints
@@ -457,6 +500,12 @@ class UpcycleRun:
             foreign = [name for name in names if name not in ours and ".partial-" not in name]
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
+        for source in [*self.recipe.data.train, *(self.recipe.data.eval or [])]:
+            folder = _folder_of(source.source)
+            if folder is not None and self.output.resolve().is_relative_to(folder.resolve()):
+                raise HyLoError(
+                    f"{self.output} is inside {folder}, all of which is read as text; choose another output"
+                )
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
@@ -486,12 +535,13 @@ class UpcycleRun:
         """What a step kept that is done already; else None."""
         target = self.output / step.name
         file = target / _STEP_FILE
-        if not file.is_file():
+        kept = read_json(file) if file.is_file() else None
+        if kept is None or kept["fingerprint"] != self._fingerprints[step.name]:
             return None
         console.print(f"{step.name}: already done, in {target}", style="dim", highlight=False, markup=False)
         # Where the run was killed as it removed them.
         self._stage_checkpoints(step.name).clear()
-        return read_json(file)["result"]
+        return kept["result"]
 
     def _carry_out(self, step: Step) -> dict[str, Any]:
         start = time.monotonic()

@@ -54,6 +54,26 @@ def test_overwrite_replaces_the_whole(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == ["new"]
 
 
+@pytest.mark.parametrize("leads_to", ["deep/real", "deep/missing"])
+def test_a_link_is_written_through(tmp_path: Path, leads_to: str) -> None:
+    (tmp_path / "deep" / "real").mkdir(parents=True)
+    (tmp_path / "deep" / "real" / "old").write_text("x")
+    (tmp_path / "link").symlink_to(leads_to)
+    with atomic_directory(tmp_path / "link", overwrite=True) as work:
+        (work / "new").write_text("y")
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / leads_to) == ["new"]
+    assert names(tmp_path) == ["deep", "link"]
+    assert set(names(tmp_path / "deep")) == {"real", Path(leads_to).name}
+
+
+def test_a_link_that_leads_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(HyLoError, match=r"cannot write to .*/link: "), atomic_directory(tmp_path / "link"):
+        pytest.fail("the block must not run")
+    assert names(tmp_path) == ["link"]
+
+
 def test_overwrite_keeps_the_old_on_an_exception(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")

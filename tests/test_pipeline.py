@@ -1,5 +1,6 @@
 """The whole road on a tiny base: steps, going on, refusing, failing, and the report."""
 
+import errno
 import gc
 import importlib.util
 import json
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stages import KilledError, at_step
-from tiny import sentences, write_base
+from tiny import sentences, write_base, write_texts
 
 from hylo import HyLoForCausalLM, pipeline
 from hylo.data.windows import make_windows
@@ -135,6 +137,55 @@ def test_first_redoes_from_there(run_folder: Path, recipe: Recipe) -> None:
     assert json.loads(after["evaluate"][1])["result"] == json.loads(before["evaluate"][1])["result"]
 
 
+def test_first_redoes_a_step_that_is_a_link(
+    run_folder: Path, base_folder: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    """What the link leads to, which may be another run's, is left alone."""
+    elsewhere = tmp_path / "elsewhere"
+    (run_folder / "stage2").rename(elsewhere)
+    (run_folder / "stage2").symlink_to(elsewhere)
+    (tmp_path / "checkpoints").mkdir()
+    (run_folder / ".stage2.checkpoints").symlink_to(tmp_path / "checkpoints")
+    before = (elsewhere / "step.json").read_text()
+    changed = make_recipe(base_folder, text_folder, learning_rate=2e-3)
+    run = UpcycleRun(changed, run_folder)
+    run.run(first="stage2", until="stage2")
+    assert not (run_folder / "stage2").is_symlink()
+    assert json.loads((run_folder / "stage2" / "step.json").read_text())["fingerprint"] == run._fingerprints["stage2"]
+    assert (elsewhere / "step.json").read_text() == before
+    assert names(run_folder) == {*STEPS[:4], "run.json"}
+
+
+def test_a_step_that_cannot_be_removed_is_told(
+    run_folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(HyLoError, match=r"cannot remove .*/report.*: Permission denied"):
+        run = UpcycleRun(recipe, run_folder)
+        monkeypatch.setattr(run, "_write_run_file", lambda redo: None)
+        run.run(first="report")
+
+
+def test_a_step_of_another_recipe_is_not_done(run_folder: Path, base_folder: Path, text_folder: Path) -> None:
+    run = UpcycleRun(make_recipe(base_folder, text_folder, learning_rate=2e-3), run_folder)
+    done = {step.name: run._done(step) is not None for step in run.steps}
+    assert done == {name: name in STEPS[:3] for name in STEPS}
+
+
+def test_a_model_that_its_dtype_cannot_hold_is_not_saved(run_folder: Path, recipe: Recipe) -> None:
+    file = run_folder / "stage2" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    narrow = recipe.model_copy(update={"save_dtype": "float16"})
+    with pytest.raises(HyLoError, match=r"save_dtype: model\.norm\.weight holds 100000"):
+        UpcycleRun(narrow, run_folder).run(first="model", until="model")
+    assert not (run_folder / "model").exists()
+
+
 def test_until_stops_and_a_later_run_goes_on(recipe: Recipe, tmp_path: Path) -> None:
     output = tmp_path / "run"
     results = UpcycleRun(recipe, output).run(until="calibrate")
@@ -199,20 +250,65 @@ def test_unknown_steps(recipe: Recipe, tmp_path: Path, name: str) -> None:
     [
         ({"evaluation": {"tokens": 256, "length": 512}}, "evaluation: no document is long enough"),
         ({"calibration": {"tokens": 256, "length": 512}}, "calibration: no document is long enough"),
+        ({"documents": 1}, "stage1: no text is left to train on"),
+        ({"cache": "file/cache"}, "stage1: cannot write to .*file/cache"),
+        ({"packing": False, "documents": 40}, "stage1: no document is long enough"),
         ({"layout": "4ATT"}, "stage1: every layer of the layout is attention"),
         ({"family": "qwen3", "calibration": {"tokens": 256, "length": 16, "latents": True}}, "latents is true"),
     ],
 )
-def test_what_later_steps_would_refuse_is_refused_first(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
+def test_what_later_steps_would_refuse_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], named: str
+) -> None:
     base = write_base(tmp_path / "base", family=changed.get("family", "llama"), head_dim=8)
-    changes = {key: value for key, value in changed.items() if key != "family"}
+    ours = ("family", "documents", "cache", "packing")
+    changes = {key: value for key, value in changed.items() if key not in ours}
+    (tmp_path / "file").touch()
+    if "cache" in changed:
+        monkeypatch.setenv("HYLO_CACHE", str(tmp_path / changed["cache"]))
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": sentences(seed, 1)}) + "\n" for seed in range(40)))
-    values = {"base": str(base), "layout": "3MLA1ATT", "data": {"train": [str(texts)], "holdout": 0.2}}
-    stage = {"name": "stage1", "objective": "kl", "length": 32, "tokens": 64, "learning_rate": 1e-3}
+    count = changed.get("documents", 40)
+    texts.write_text("".join(json.dumps({"text": sentences(seed, 1)}) + "\n" for seed in range(count)))
+    data = {"train": [str(texts)], "holdout": 0.2, "packing": changed.get("packing", True)}
+    values = {"base": str(base), "layout": "3MLA1ATT", "data": data}
+    length = 32 if changed.get("packing", True) else 512
+    stage = {"name": "stage1", "objective": "kl", "length": length, "tokens": 2 * length, "learning_rate": 1e-3}
     recipe = parse_recipe(values | {"stages": [stage], "evaluation": {"tokens": 64, "length": 16}} | changes)
     with pytest.raises(HyLoError, match=named):
         UpcycleRun(recipe, tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_that_is_long_enough_later_on_is_enough(base_folder: Path, tmp_path: Path) -> None:
+    """What stands first would make no window."""
+    texts = tmp_path / "texts.jsonl"
+    lengths = [1] * 400 + [40] * 40
+    texts.write_text("".join(json.dumps({"text": sentences(i, n)}) + "\n" for i, n in enumerate(lengths)))
+    stage = {"name": "stage1", "objective": "kl", "length": 512, "tokens": 65_536, "learning_rate": 1e-3}
+    data = {"train": [str(texts)], "packing": False}
+    values = {"base": str(base_folder), "layout": "4GDN", "data": data, "stages": [stage]}
+    run = UpcycleRun(parse_recipe(values | {"evaluation": {"tokens": 64, "length": 8}}), tmp_path / "run")
+    with pytest.raises(HyLoError, match="no document is long enough"):
+        run.corpus.prepare(tokens=512, length=512, seed=0)
+    run.check()
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt"])
+def test_an_output_that_would_be_read_as_text(base_folder: Path, tmp_path: Path, pattern: str) -> None:
+    write_texts(tmp_path, 3)
+    (tmp_path / "below").mkdir()
+    recipe = make_recipe(base_folder, tmp_path / pattern)
+    with pytest.raises(HyLoError, match=r"below/run is inside .*, all of which is read as text; choose another"):
+        UpcycleRun(recipe, tmp_path / "below" / "run").run()
+    assert not (tmp_path / "below" / "run").exists()
+
+
+def test_a_teacher_of_an_unknown_family(recipe: Recipe, base_folder: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(base_folder, tmp_path / "teacher"))
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    with pytest.raises(HyLoError, match="unheard-of"):
+        UpcycleRun(recipe.model_copy(update={"teacher": str(teacher)}), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
 
 

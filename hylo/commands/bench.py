@@ -43,12 +43,12 @@ def bench(
     from hylo.serve.bench.run import bench as measure_both
     from hylo.serve.bench.run import table_rows
 
-    loads = parse_contexts(load)
+    loads = parse_contexts(load, "--load")
     if len(loads) != 2:
         raise HyLoError(f"--load {load!r}: expected tokens of a prompt and of an answer, such as 8K,512")
     plan = Plan(
         model=model,
-        contexts=parse_contexts(contexts),
+        contexts=parse_contexts(contexts, "--contexts"),
         answer=answer,
         load_context=loads[0],
         load_answer=loads[1],

@@ -73,7 +73,8 @@ def plan(
     sizes = parse_geometry(geometry) if geometry else spec.geometry if spec is not None else {}
     chosen = layout or (spec.layout if spec is not None else None)
     base_config = read_config(source)
-    hybrid, dense = plan_pair(base_config, chosen, sizes, source)
+    scaling = spec.rope_scaling.model_dump() if spec is not None and spec.rope_scaling is not None else None
+    hybrid, dense = plan_pair(base_config, chosen, sizes, source, scaling)
     report = plan_report(hybrid, dense, contexts, serving)
     if spec is not None and spec.stages:
         guide = teacher or spec.teacher

@@ -6,7 +6,6 @@ All that can be wrong with the input is found, and all prompts are made, before 
 import math
 import os
 import statistics
-import struct
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import constants
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
@@ -37,7 +36,7 @@ from hylo.evaluate.ruler import (
 )
 from hylo.evaluate.ruler.run import RulerPrompts, run_ruler
 from hylo.precision import Precision, default_device, resolve_precision
-from hylo.upcycle.bases import load_model, load_tokenizer, opened_folder, resolve_base, weights_digest
+from hylo.upcycle.bases import load_config, load_model, load_tokenizer, opened_folder, resolve_base, weights_digest
 from hylo.upcycle.layout import format_layout
 
 SUITES = ("commonsense", "gsm8k", "ruler", "perplexity")
@@ -226,21 +225,17 @@ def _needs_hub(settings: Settings) -> bool:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """Raises HyLoError where a folder's config.json is none of a causal language model."""
-    return _text_config(folder, f"{folder}/config.json")
+    return _text(load_config(folder))
 
 
 def _config_of(path: Path) -> PreTrainedConfig:
     """Of a resolved base, before its weights are read: a GGUF file's are dequantised first."""
-    return read_config(path) if path.is_dir() else _text_config(path.parent, str(path), gguf_file=path.name)
+    return read_config(path) if path.is_dir() else _text(load_config(path.parent, gguf_file=path.name))
 
 
-def _text_config(folder: Path, place: str, **settings: Any) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(folder, **settings).get_text_config(decoder=True)
-    except ImportError:
-        raise HyLoError("reading GGUF needs the gguf package; install it with: pip install 'hylo[demo]'") from None
-    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        raise HyLoError(f"{place}: {' '.join(str(error).split())[:200]}") from None
+def _text(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Of a model of several parts, the part that writes."""
+    return config.get_text_config(decoder=True)
 
 
 def _check_documents(settings: Settings, data: LocalData, hub: bool) -> None:

@@ -8,13 +8,13 @@ GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 
-def parse_contexts(text: str) -> list[int]:
-    """`8K,64K,1M` to tokens, K being 1,024. Raises HyLoError on anything else."""
+def parse_contexts(text: str, option: str = "--context") -> list[int]:
+    """`8K,64K,1M` to tokens, K being 1,024. Raises HyLoError, naming the option, on anything else."""
     contexts = []
     for item in text.split(","):
         match = re.fullmatch(r"(\d+)([KM]?)", item.strip().upper())
         if match is None or not int(match[1]):
-            raise HyLoError(f"--context {text!r}: {item!r} is no number of tokens; expected 8192, 8K or 1M, by commas")
+            raise HyLoError(f"{option} {text!r}: {item!r} is no number of tokens; expected 8192, 8K or 1M, by commas")
         contexts.append(int(match[1]) * _UNITS[match[2]])
     return contexts
 

@@ -23,8 +23,12 @@ def plan_pair(
     layout: str | Sequence[str] | None,
     geometry: Mapping[str, Mapping[str, Any]] | str,
     name: str,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> tuple[ModelPlan, ModelPlan]:
     """A hybrid and its base. Of a hybrid's own config no layout is asked.
+
+    Args:
+        rope_scaling: YaRN's factor and original_max_position_embeddings; the base's own scaling by default.
 
     Raises HyLoError where layout, geometry and base do not fit.
     """
@@ -35,7 +39,7 @@ def plan_pair(
     if layout is None:
         raise HyLoError("plan needs a --layout such as 4MLA12GDN, or a --recipe that has one")
     mixers = parse_layout(layout, config.num_hidden_layers)
-    return plan_model(hybrid_config(config, mixers, geometry, name)), plan_dense(config, name)
+    return plan_model(hybrid_config(config, mixers, geometry, name, rope_scaling)), plan_dense(config, name)
 
 
 def plan_dense(config: PreTrainedConfig, name: str) -> ModelPlan:

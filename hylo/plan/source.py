@@ -1,16 +1,15 @@
 """The config of a base, without its weights: from a hub id, a folder, a bare config.json or a GGUF file."""
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import PreTrainedConfig
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
 from hylo.files import expand_user, read_json
-from hylo.upcycle.bases import resolve_base
+from hylo.upcycle.bases import load_config, resolve_base
 from hylo.upcycle.families import check_family, check_named_family
 from hylo.upcycle.gguf_rope import restore_rope
 
@@ -22,12 +21,16 @@ def read_config(reference: str) -> PreTrainedConfig:
     """
     if reference.startswith("package:") or reference.endswith(".gguf"):
         file = resolve_base(reference)
-        config = _load(file.parent, file, gguf_file=file.name)
+        config = load_config(file.parent, gguf_file=file.name)
+        check_family(config, file)
         restore_rope(config, file)
         return config
     file = _config_file(reference)
     check_named_family(read_json(file), file, HyLoConfig.model_type)
-    return _load(file, file)
+    config = load_config(file)
+    if not isinstance(config, HyLoConfig):
+        check_family(config, file)
+    return config
 
 
 def _config_file(reference: str) -> Path:
@@ -46,13 +49,3 @@ def _config_file(reference: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise HyLoError(f"{reference} is no local path, and its config.json could not be had: {reason}") from None
-
-
-def _load(path: Path, where: Path, **options: Any) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise HyLoError(f"{where}: {' '.join(str(error).split())}") from None
-    if not isinstance(config, HyLoConfig):
-        check_family(config, where)
-    return config

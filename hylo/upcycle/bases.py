@@ -10,7 +10,7 @@ import io
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hylo.errors import HyLoError
 from hylo.files import atomic_directory, expand_user, read_json, write_json
 from hylo.progress import console
-from hylo.upcycle.families import check_family, check_named_family
+from hylo.upcycle.families import check_family, check_named_family, check_values
 from hylo.upcycle.gguf_rope import restore_rope
+from hylo.upcycle.stream import read_weight_map
 
-_WEIGHTS_INDEX = "model.safetensors.index.json"
 # Beside a dequantised GGUF model: what it was made from.
 _SOURCE_FILE = "gguf-source.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -185,17 +185,12 @@ class Base:
         """Reads the config and the names of the tensors. Raises HyLoError on a family or a file that does not fit."""
         _check_folder(folder)
         check_named_family(read_json(folder / "config.json"), folder / "config.json")
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-            raise HyLoError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
+        config = load_config(folder)
         check_family(config, folder)
         base = cls(folder, config, {})
-        if (folder / _WEIGHTS_INDEX).is_file():
-            weight_map = read_json(folder / _WEIGHTS_INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise HyLoError(f"{folder / _WEIGHTS_INDEX} has no weight_map")
-            base._file_of.update({name: folder / file for name, file in weight_map.items()})
+        weight_map = read_weight_map(folder)
+        if weight_map is not None:
+            base._file_of.update(weight_map)
         else:
             for file in sorted(folder.glob("*.safetensors")):
                 base._file_of.update(dict.fromkeys(base._handle(file).keys(), file))
@@ -219,6 +214,11 @@ class Base:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of its tensors."""
+        return self._file_of.keys()
 
     def _is_tied(self) -> bool:
         """Whether the head is the embedding. As in transformers, stored values win over the config."""
@@ -261,10 +261,55 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def save_checkpoint(model: PreTrainedModel, folder: Path, base: Path) -> None:
-    """Fills a folder with a model and the companions of its base."""
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype. Raises HyLoError where a value is not finite there."""
+    stored = tensor.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        if not bool(torch.isfinite(tensor).all()):
+            raise HyLoError(f"{name}: its values are not finite")
+        largest, reach = float(tensor.abs().max()), torch.finfo(dtype).max
+        raise HyLoError(
+            f"{name} holds {largest:.6g}, and {str(dtype).removeprefix('torch.')} reaches to {reach:.6g}; "
+            "expected a dtype that reaches further, such as bfloat16 or float32"
+        )
+    return stored
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path, base: Path, dtype: torch.dtype | None = None) -> None:
+    """Fills a folder with a model and the companions of its base.
+
+    Args:
+        dtype: of the weights, which the model is left in; what they are in by default.
+
+    Raises:
+        HyLoError: where a weight is not finite in that dtype.
+    """
+    if dtype is not None:
+        for name, value in model.state_dict().items():
+            in_dtype(name, value, dtype)
+        model = model.to(dtype)
     model.save_pretrained(folder)
     copy_companions(base, folder)
+
+
+def load_config(path: Path, *, gguf_file: str | None = None) -> PreTrainedConfig:
+    """The config of a folder, a bare config.json, or a GGUF file of a folder.
+
+    Raises HyLoError, in one line, on whatever transformers makes of a bad one.
+    """
+    if gguf_file is not None:
+        where = path / gguf_file
+    else:
+        where = path / "config.json" if path.is_dir() else path
+        check_values(read_json(where), where)
+    try:
+        return AutoConfig.from_pretrained(path, **({} if gguf_file is None else {"gguf_file": gguf_file}))
+    except ImportError:
+        raise HyLoError("reading GGUF needs the gguf package; install it with: pip install 'hylo[demo]'") from None
+    # Values are used before they are looked at: there is no end to what that raises.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise HyLoError(f"{where}: {reason}") from None
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -274,6 +319,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
     """
     folder = Path(folder)
     _check_folder(folder)
+    load_config(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True

@@ -83,6 +83,7 @@ def calibrate_checkpoint(
         windows: the text.
         dtype: of matrix products.
         ridge, sequential, latents, pairs, gates, averages, mlp: see `calibrate`. Raises as it does.
+        save_dtype: of the weights that are written. Raises as `save_checkpoint` does.
     """
     device = default_device()
     student = load_model(checkpoint, torch.float32).to(device)
@@ -104,7 +105,7 @@ def calibrate_checkpoint(
             averages=averages,
             mlp=mlp,
         )
-    save_checkpoint(student.to(save_dtype), output, base)
+    save_checkpoint(student, output, base, save_dtype)
 
 
 @torch.no_grad()

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
 from hylo.files import atomic_directory, read_json, write_json
 from hylo.modeling import HyLoForCausalLM
 from hylo.progress import bar
-from hylo.upcycle.bases import Base, copy_companions
+from hylo.upcycle.bases import Base, copy_companions, in_dtype
 from hylo.upcycle.families import hybrid_config
 from hylo.upcycle.initialise import RULES, Action, Rule, SourceAttention, Start
 from hylo.upcycle.initialise.source import tensor_name
@@ -86,7 +86,7 @@ def plan_conversion(
         rope_scaling: YaRN's factor and original_max_position_embeddings; the base's own scaling by default.
 
     Raises:
-        HyLoError: where layout, geometry and base do not fit, or the base lacks a tensor.
+        HyLoError: where layout, geometry and base do not fit, or the base lacks a tensor or has one too many.
     """
     mixers = parse_layout(layout, base.config.num_hidden_layers)
     config = hybrid_config(base.config, mixers, geometry or {}, source_name or base.folder.name, rope_scaling)
@@ -104,7 +104,21 @@ def plan_conversion(
         for source in tensor.sources:
             if source not in base:
                 raise HyLoError(f"{base.folder} has no tensor {source}, which {tensor.name} is made from")
+    _check_nothing_is_left(base)
     return ConversionPlan(config, start, weight_dtype, planned)
+
+
+def _check_nothing_is_left(base: Base) -> None:
+    """Raises HyLoError where the base has tensors that its config does not call for: the hybrid would lack them."""
+    with torch.device("meta"):
+        known = AutoModelForCausalLM.from_config(base.config).state_dict().keys()
+    # Older files store what the config says of the rotation.
+    extra = sorted(name for name in base.names if name not in known and not name.endswith(".rotary_emb.inv_freq"))
+    if extra:
+        raise HyLoError(
+            f"{base.folder} has tensors that its config.json does not call for: {len(extra)}, first {extra[0]}; "
+            "expected weights and config of the same model"
+        )
 
 
 def _layer_and_suffix(name: str) -> tuple[int, str] | None:
@@ -154,7 +168,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise HyLoError(f"{output} already exists; choose another output or pass --overwrite")
     config = output / "config.json"
-    if not config.is_file() or read_json(config).get("model_type") != HyLoConfig.model_type:
+    values = read_json(config) if config.is_file() else None
+    if not isinstance(values, dict) or values.get("model_type") != HyLoConfig.model_type:
         raise HyLoError(f"{output} is not a hybrid's checkpoint; --overwrite replaces nothing else")
 
 
@@ -164,7 +179,7 @@ def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:
     A `solved` tensor is written as its rule makes it, an output projection as the base's; calibration replaces it.
 
     Raises:
-        HyLoError: where a tensor cannot be made.
+        HyLoError: where a tensor cannot be made, or holds more than the plan's dtype can.
     """
     shards = _shards(plan)
     layers: dict[int, SourceAttention] = {}
@@ -175,7 +190,7 @@ def write_checkpoint(plan: ConversionPlan, base: Base, folder: Path) -> None:
             announced = {tensor.name: TensorInfo(tensor.shape, plan.dtype) for tensor in shard}
             with TensorWriter(folder / file, announced) as writer:
                 for tensor in shard:
-                    writer.write(tensor.name, _make(tensor, plan, base, layers).to(plan.dtype))
+                    writer.write(tensor.name, in_dtype(tensor.name, _make(tensor, plan, base, layers), plan.dtype))
                     shown.advance(1)
             weight_map.update(dict.fromkeys(announced, file))
     if len(shards) > 1:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -30,6 +31,13 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+)
+# What transformers takes apart before it looks at its type.
+_KINDS: tuple[tuple[str, type, str], ...] = (
+    ("model_type", str, "a name"),
+    ("quantization_config", dict, "an object"),
+    ("layer_types", list, "a list with one for each layer"),
+    ("id2label", dict, "an object"),
 )
 # Their frequencies follow the longest document of the input, for whole heads only: documents packed into one row would
 # depend on each other.
@@ -52,6 +60,27 @@ def check_family(config: PreTrainedConfig, where: object) -> None:
             raise HyLoError(f"{where}: {size} is {getattr(config, size)}; expected at least 1")
     if head_dim(config) < 1:
         raise HyLoError(f"{where}: head_dim is {head_dim(config)}; expected at least 1")
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        raise HyLoError(f"{where}: pad_token_id is {config.pad_token_id}; expected one of {config.vocab_size} words")
+
+
+def check_values(values: Any, where: object) -> None:
+    """Raises HyLoError on what transformers would stumble over as it reads a config.json, whatever its family."""
+    if not isinstance(values, dict):
+        raise HyLoError(f"{where}: expected a JSON object")
+    for key, kind, expected in _KINDS:
+        value = values.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise HyLoError(f"{where}: {key} is {value!r}; expected {expected}")
+    for key in ("dtype", "torch_dtype"):
+        name = values.get(key)
+        dtype = getattr(torch, name, None) if isinstance(name, str) else None
+        # Models of several parts name one for each.
+        if not isinstance(name, dict | None) and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise HyLoError(f"{where}: {key} is {name!r}; expected one such as bfloat16, float16 or float32")
+    for size in _SIZES if values.get("model_type") in (*FAMILIES, HyLoConfig.model_type) else ():
+        if isinstance(values.get(size), int) and values[size] < 1:
+            raise HyLoError(f"{where}: {size} is {values[size]}; expected at least 1")
 
 
 def check_named_family(values: Any, where: object, *also: str) -> None:

@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedConfig
 
 from hylo.errors import HyLoError
-from hylo.mixers import mixer_class
+from hylo.mixers import Geometry, mixer_class
 from hylo.upcycle.published import BaseSizes, published_bases, published_for
 
 PAPER = "paper"
+_UNREADABLE = object()
 
 
 def geometry_for(
@@ -33,11 +34,22 @@ def geometry_for(
     geometry = {}
     for name in names:
         mixer, chosen = mixer_class(name), dict(given.get(name, {}))
+        _check_lists(name, mixer.geometry_class, chosen)
         values = mixer.default_geometry(num_heads, num_kv_heads, head_dim, chosen) | chosen
         mixer.geometry_class.parse(name, values)
         if values:
             geometry[name] = values
     return geometry
+
+
+def _check_lists(mixer: str, geometry_class: type[Geometry], given: Mapping[str, Any]) -> None:
+    """Raises HyLoError where a size that is a list is given as anything else."""
+    for size, hint in get_type_hints(geometry_class).items():
+        is_list = tuple in [get_origin(kind) for kind in (hint, *get_args(hint))]
+        if is_list and not isinstance(given.get(size), list | tuple | None):
+            raise HyLoError(
+                f"geometry of {mixer}: {size} is {given[size]!r}; expected a list of whole numbers, or null"
+            )
 
 
 def resolve_geometry(
@@ -85,8 +97,9 @@ def parse_geometry(settings: Sequence[str]) -> dict[str, dict[str, Any]] | str:
         try:
             number = json.loads(value)
         except json.JSONDecodeError:
-            number = None
-        if not (equals and dot and size) or number is None:
+            # null is a value: that of sizes that may be left out.
+            number = _UNREADABLE
+        if not (equals and dot and size) or number is _UNREADABLE:
             raise HyLoError(
                 f"--geometry {setting!r}; expected MIXER.SIZE=NUMBER such as mla.kv_lora_rank=96, or {PAPER}"
             )

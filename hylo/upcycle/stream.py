@@ -80,14 +80,25 @@ class TensorReader:
         return self._open[self._file_of[name]].get_tensor(name)
 
 
+def read_weight_map(folder: Path) -> dict[str, Path] | None:
+    """The file of each tensor, where a folder has an index. Raises HyLoError where that is none."""
+    if not (folder / _INDEX).is_file():
+        return None
+    index = read_json(folder / _INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise HyLoError(f"{folder / _INDEX} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise HyLoError(f"{folder / _INDEX}: {name} is in {file!r}; expected the name of a file")
+    return {name: folder / file for name, file in weight_map.items()}
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """One file, or the shards that the index names."""
-    if (folder / _INDEX).is_file():
-        index = read_json(folder / _INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict):
-            raise HyLoError(f"{folder / _INDEX} has no weight_map")
-        return sorted({folder / file for file in weight_map.values()})
+    weight_map = read_weight_map(folder)
+    if weight_map is not None:
+        return sorted(set(weight_map.values()))
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise HyLoError(f"{folder} holds no *.safetensors")

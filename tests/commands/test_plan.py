@@ -104,6 +104,22 @@ def test_a_recipe(run: Run) -> None:
     assert other["layers"] == ["gdn"] * 4
 
 
+def test_a_recipe_that_scales_the_rotation(run: Run, tmp_path: Path) -> None:
+    """As upcycle does, whatever the base's own scaling is."""
+    base = json.loads((tmp_path / "1b.json").read_text())
+    base["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
+    (tmp_path / "1b.json").write_text(json.dumps(base))
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | {"layout": "4MLA12GDN"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    refused = run("--recipe", "recipe.yaml", "--config", "1b.json")
+    assert "convert with YaRN" in str(refused.exception)
+    recipe["rope_scaling"] = {"factor": 4.0, "original_max_position_embeddings": 8192}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = run("--recipe", "recipe.yaml", "--config", "1b.json", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["layers"].count("mla") == 4
+
+
 def test_tables(run: Run) -> None:
     options = ["--recipe", str(RECIPE), "--config", "1b.json", "--teacher", "8b.json", "--gpus", "2"]
     result = run(*options, "--gpu-memory", "24")

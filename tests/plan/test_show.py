@@ -35,6 +35,8 @@ def test_tokens_as_people_write_them() -> None:
     for wrong in ("", "8G", "0", "8K,", "-8", "1.5K"):
         with pytest.raises(HyLoError, match="--context"):
             parse_contexts(wrong)
+        with pytest.raises(HyLoError, match="--load"):
+            parse_contexts(wrong, "--load")
 
 
 def test_memory_as_people_write_it() -> None:

@@ -60,6 +60,8 @@ def test_bad_input_is_one_line(mixed_folder: Path, base_folder: Path, tmp_path: 
         (("serve", mixed_folder, "--context", "8X"), "8X"),
         (("serve", mixed_folder, "--gpus", "3"), "expected one of 1, 2"),
         (("bench", mixed_folder, "--load", "8K"), "--load '8K'"),
+        (("bench", mixed_folder, "--load", "8K,x"), "--load '8K,x': 'x' is no number"),
+        (("bench", mixed_folder, "--contexts", "x"), "--contexts 'x': 'x' is no number"),
     ):
         error = run(*arguments).exception
         assert isinstance(error, HyLoError), (arguments, error)

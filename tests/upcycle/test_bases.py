@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from transformers import LlamaForCausalLM
 from hylo import HyLoForCausalLM
 from hylo.distill.teacher import as_hybrid
 from hylo.errors import HyLoError
+from hylo.evaluate import suites
+from hylo.plan.source import read_config
 from hylo.upcycle.bases import (
     Base,
     base_digest,
@@ -23,8 +27,10 @@ from hylo.upcycle.bases import (
     model_folder,
     opened_folder,
     resolve_base,
+    save_checkpoint,
     weights_digest,
 )
+from hylo.upcycle.stream import TensorReader
 
 
 @pytest.fixture
@@ -130,6 +136,58 @@ def test_bad_config(copied: Path, config: str) -> None:
             load(copied)
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"dtype": "bf16"}, "dtype is 'bf16'; expected one such as bfloat16"),
+        ({"dtype": "int8"}, "dtype is 'int8'; expected one such as bfloat16"),
+        ({"torch_dtype": 3}, "torch_dtype is 3; expected one such as bfloat16"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected at least 1"),
+        ({"quantization_config": []}, r"quantization_config is \[\]; expected an object"),
+        ({"quantization_config": "x"}, "quantization_config is 'x'; expected an object"),
+        ({"layer_types": 3}, "layer_types is 3; expected a list"),
+        ({"id2label": 3}, "id2label is 3; expected an object"),
+        ({"head_dim": "x"}, "head_dim"),
+        # What is told by whatever transformers raises.
+        ({"id2label": {"a": 1}}, "config.json: "),
+    ],
+)
+@pytest.mark.parametrize("read", [Base.open, load_model, read_config, suites.read_config])
+def test_values_of_a_config_that_make_no_model(
+    copied: Path, changed: dict[str, Any], named: str, read: Callable[[Any], Any]
+) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    if "torch_dtype" in changed:
+        del config["dtype"]
+    (copied / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(HyLoError, match=named) as error:
+        read(str(copied) if read is read_config else copied)
+    assert "config.json: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_word_that_is_none_pads(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"pad_token_id": 300}))
+    with pytest.raises(HyLoError, match="pad_token_id is 300; expected one of 300 words"):
+        Base.open(copied)
+
+
+@pytest.mark.parametrize(
+    ("index", "named"),
+    [
+        ([], "has no weight_map"),
+        ({"weight_map": [1]}, "has no weight_map"),
+        ({"weight_map": {"model.norm.weight": 3}}, "model.norm.weight is in 3; expected the name of a file"),
+    ],
+)
+@pytest.mark.parametrize("read", [Base.open, TensorReader])
+def test_an_index_that_is_none(copied: Path, index: Any, named: str, read: Callable[[Path], Any]) -> None:
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(HyLoError, match=rf"model\.safetensors\.index\.json:? {named}"):
+        read(copied)
+
+
 def test_other_family_is_refused_with_the_list(copied: Path) -> None:
     (copied / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(HyLoError, match=r"'gpt2'.*llama"):
@@ -173,6 +231,20 @@ def test_hybrid_with_bad_geometry_is_refused(mixed_folder: Path, tmp_path: Path)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(HyLoError, match="v_head_dim"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"), [(1e5, "holds 100000, and float16 reaches to 65504"), (torch.nan, "finite")]
+)
+def test_a_model_that_its_dtype_cannot_hold_is_not_saved(
+    base_folder: Path, tmp_path: Path, value: float, named: str
+) -> None:
+    model = load_model(base_folder)
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    with pytest.raises(HyLoError, match=rf"model\.norm\.weight.* {named}"):
+        save_checkpoint(model, tmp_path, base_folder, torch.float16)
+    assert not list(tmp_path.iterdir())
 
 
 def test_load_model_loads_bases_and_hybrids(base_folder: Path, mixed_folder: Path) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import MIXED_LAYOUT, convert_base, random_ids, write_base
 from torch import Tensor
 
 import hylo.upcycle.convert
 from hylo.errors import HyLoError
 from hylo.upcycle.bases import Base, load_model
-from hylo.upcycle.convert import plan_conversion, plan_json, plan_table
+from hylo.upcycle.convert import convert, plan_conversion, plan_json, plan_table
+from hylo.upcycle.families import FAMILIES
 from hylo.upcycle.initialise.low_rank import low_rank
 
 Convert = Callable[..., tuple[hylo.upcycle.convert.ConversionPlan, Path]]
@@ -263,6 +265,18 @@ def test_values_that_are_not_finite_are_refused(base_folder: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_values_beyond_the_dtype_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    model = load_model(base_folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = -1e5
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(HyLoError, match=r"layers\.1\.mlp\.up_proj\.weight holds 100000, and float16 reaches to 65504;"):
+        convert_base(tmp_path / "base", tmp_path / "hybrid", "4GDN", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    # In what it can be held in it is kept.
+    convert_base(tmp_path / "base", tmp_path / "hybrid", "4GDN", dtype="float32")
+
+
 def test_sharded_saving_loads_the_same_values(
     base_folder: Path, mixed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,12 +293,51 @@ def test_sharded_saving_loads_the_same_values(
         assert torch.equal(whole[name], sharded[name]), name
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"num_hidden_layers": 3}, r": 9, first model\.layers\.3\.input_layernorm\.weight"),
+        ({"attention_bias": False}, r": 16, first model\.layers\.0\.self_attn\.k_proj\.bias"),
+    ],
+)
+def test_tensors_that_the_config_does_not_call_for_are_refused(
+    tmp_path: Path, changed: dict[str, Any], named: str
+) -> None:
+    base = write_base(tmp_path / "base", tokenizer=False, attention_bias="attention_bias" in changed)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(HyLoError, match=f"does not call for{named}; expected"):
+        convert_base(base, tmp_path / "hybrid", f"{changed.get('num_hidden_layers', 4)}GDN")
+    assert not (tmp_path / "hybrid").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_file_may_hold_besides(tmp_path: Path, family: str, tied: bool) -> None:
+    """A head beside a tied embedding, and the frequencies that older files store."""
+    base = write_base(tmp_path / "base", family=family, tokenizer=False, tie_word_embeddings=tied)
+    tensors = load_file(base / "model.safetensors")
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert convert_base(base, tmp_path / "hybrid", "4ATT").config.tie_word_embeddings == tied
+
+
 def test_existing_output_is_kept(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(HyLoError, match="already exists"):
         convert_base(base_folder, tmp_path / "out", "4GDN")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("config", ["[]", '"hylo"', '{"model_type": "llama"}'])
+def test_overwrite_replaces_hybrids_alone(base_folder: Path, tmp_path: Path, config: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(config)
+    with Base.open(base_folder) as base, pytest.raises(HyLoError, match="not a hybrid's checkpoint"):
+        convert(plan_conversion(base, "4GDN"), base, tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
 def test_config_of_the_hybrid(to_layout: Convert) -> None:

@@ -1,12 +1,13 @@
 """Mixer sizes: what is derived from a base, and what is refused."""
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from transformers import LlamaConfig
 
 from hylo.errors import HyLoError
-from hylo.upcycle.geometry import geometry_for, resolve_geometry
+from hylo.mixers import mixer_class
+from hylo.upcycle.geometry import geometry_for, parse_geometry, resolve_geometry
 
 SMOLLM2 = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
 
@@ -35,6 +36,24 @@ def test_given_sizes_win_and_nope_follows_rope() -> None:
     assert (geometry["qk_rope_head_dim"], geometry["qk_nope_head_dim"], geometry["kv_lora_rank"]) == (16, 48, 7)
 
 
+def test_null_is_a_value() -> None:
+    given = parse_geometry(["mla.rope_pairs=null", "mla.kv_lora_rank=7"])
+    assert given == {"mla": {"rope_pairs": None, "kv_lora_rank": 7}}
+    assert sizes("mla", given["mla"])["rope_pairs"] is None
+    for setting in ("mla.rope_pairs=", "mla.rope_pairs", "mla.rope_pairs=none", "mla=null"):
+        with pytest.raises(HyLoError, match=r"expected MIXER\.SIZE=NUMBER"):
+            parse_geometry([setting])
+
+
+@pytest.mark.parametrize("mixer", ["mla", "gdn", "mamba2", "kda"])
+def test_null_where_a_number_is_needed(mixer: str) -> None:
+    needed = {name for name, hint in get_type_hints(mixer_class(mixer).geometry_class).items() if hint is int}
+    assert needed
+    for name in needed:
+        with pytest.raises(HyLoError, match=f"geometry of {mixer}: .*{name}"):
+            sizes(mixer, {name: None})
+
+
 def test_paper_takes_no_sizes_itself() -> None:
     with pytest.raises(HyLoError, match="mla under 'paper'"):
         resolve_geometry({"paper": {"mla": {"kv_lora_rank": 8}}}, ["mla"], LlamaConfig())
@@ -61,7 +80,8 @@ def test_only_mixers_of_the_layout() -> None:
         ("mla", {"q_lora_rank": 0}, "q_lora_rank"),
         ("mla", {"q_lora_rank": 1.5}, "q_lora_rank"),
         ("mla", {"rope_pairs": [0, 1]}, "rope_pairs"),
-        ("mla", {"rope_pairs": 3}, "geometry of mla"),
+        ("mla", {"rope_pairs": 3}, "geometry of mla: rope_pairs is 3; expected a list of whole numbers, or null"),
+        ("mla", {"rope_pairs": "all"}, "rope_pairs is 'all'; expected a list"),
         ("mla", {"rope_pairs": [*range(15), "x"]}, "rope_pairs"),
         ("mla", {"rope_pairs": [0] * 16}, "rope_pairs"),
         ("gdn", {"num_heads": 0}, "num_heads"),

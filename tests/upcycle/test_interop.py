@@ -276,6 +276,8 @@ BAD_FILES: dict[str, tuple[dict[str, Any], str]] = {
     "other depth": ({"base": base_config("llama", num_hidden_layers=5)}, "num_hidden_layers is 5 in config.json"),
     "other heads": ({"base": base_config("llama", num_key_value_heads=4)}, "num_key_value_heads is 4"),
     "other family": ({"base": {"model_type": "gpt2"}}, "'gpt2' family; expected llama or qwen3"),
+    "dtype that is none": ({"base": base_config("llama") | {"dtype": "bf16"}}, "dtype is 'bf16'; expected"),
+    "no heads": ({"base": base_config("llama") | {"num_attention_heads": 0}}, "num_attention_heads is 0"),
     "no family": ({"base": {"hidden_size": 32}}, "config.json"),
 }
 

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
 from hylo.files import atomic_directory, read_json, write_json
 from hylo.modeling import HyLoForCausalLM
 from hylo.progress import bar
-from hylo.upcycle.bases import copy_companions
+from hylo.upcycle.bases import copy_companions, load_config
 from hylo.upcycle.convert import check_output
 from hylo.upcycle.interop import hybrid_config
 from hylo.upcycle.interop.configs import FAMILIES, hylo_config, released_configs
@@ -96,10 +95,7 @@ def _read_config(folder: Path, families: tuple[str, ...]) -> PreTrainedConfig:
     family = values.get("model_type") if isinstance(values, dict) else None
     if family not in families:
         raise HyLoError(f"{folder}: config.json is of the {family!r} family; expected {' or '.join(families)}")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise HyLoError(f"{folder}: config.json: {' '.join(str(error).split())}") from None
+    return load_config(folder)
 
 
 def _is_tied(base: PreTrainedConfig, weights: TensorReader) -> bool:
