@@ -59,6 +59,7 @@ _OPTIONS_OF = {
     "windows": ("perplexity",),
     "chat": ("commonsense", "gsm8k", "ruler"),
     "batch_tokens": ("commonsense", "gsm8k", "ruler"),
+    "memory": ("commonsense", "gsm8k", "ruler"),
     "log_samples": ("commonsense", "gsm8k", "ruler"),
 }
 # What text without a suite is scored with.
@@ -118,6 +119,10 @@ def evaluate_command(
     teacher: Annotated[str | None, typer.Option(help="Without --suite: KL and agreement against this model.")] = None,
     precision: Annotated[PrecisionName, typer.Option(help="Of matrix products.")] = PrecisionName.auto,
     backend: Annotated[BackendName, typer.Option(help="What runs the model.")] = BackendName.hf,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0.05, max=1, help="With vllm: its share of the GPU's memory. [vLLM's own choice]"),
+    ] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Of a batch. [default: by device]")] = None,
     log_samples: Annotated[
         bool, typer.Option("--log-samples", help="Also write every answer and its mark to samples.jsonl.")
@@ -163,6 +168,7 @@ def evaluate_command(
         seed=seed,
         precision=precision.value,
         backend=backend.value,
+        memory=memory,
         batch_tokens=batch_tokens,
     )
     check_settings(settings)

@@ -97,7 +97,9 @@ def _instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 
 @contextmanager
-def vllm_backend(folder: Path, max_length: int, context: int, dtype: str) -> Iterator[HarnessBackend]:
+def vllm_backend(
+    folder: Path, max_length: int, context: int, dtype: str, share: float | None = None
+) -> Iterator[HarnessBackend]:
     """lm-eval's vLLM model for the length of the block; after it another engine finds the memory free.
 
     Raises HyLoError where vLLM is not installed, or does not take the model.
@@ -105,6 +107,7 @@ def vllm_backend(folder: Path, max_length: int, context: int, dtype: str) -> Ite
     Args:
         max_length: tokens of the longest sequence; vLLM refuses a model whose cache has no room for it.
         context: tokens that the model was made for. Beyond them positions go on as they are, as in transformers.
+        share: of the device's memory that vLLM may take; of a GPU nearly all where None.
     """
     check_vllm()
     from hylo.serve.installed import name_vllm
@@ -113,7 +116,9 @@ def vllm_backend(folder: Path, max_length: int, context: int, dtype: str) -> Ite
     from lm_eval.models.vllm_causallms import VLLM
 
     # Of a GPU vLLM takes nearly all; of a CPU's memory it would too, and there others need some.
-    memory = {} if torch.cuda.is_available() else {"gpu_memory_utilization": _CPU_MEMORY_SHARE}
+    if share is None and not torch.cuda.is_available():
+        share = _CPU_MEMORY_SHARE
+    memory = {} if share is None else {"gpu_memory_utilization": share}
     # vLLM refuses more than the config says, and tabulates that many positions' rotations.
     beyond = {"hf_overrides": {"max_position_embeddings": max_length}} if max_length > context else {}
     settings: dict[str, Any] = {"dtype": dtype, "max_model_len": max_length, "batch_size": "auto"} | memory | beyond
