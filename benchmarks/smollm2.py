@@ -137,7 +137,7 @@ def suite_options(arguments: argparse.Namespace) -> dict[str, list[str]]:
     if arguments.ruler_backend == "vllm":
         # An engine takes a minute to start: one for all lengths.
         together = ",".join(map(str, sorted(lengths)))
-        share = ["--memory", str(arguments.memory)] if arguments.memory else []
+        share = ["--cache-memory", arguments.cache_memory] if arguments.cache_memory else []
         every["ruler"] = {"ruler-vllm": [*ruler, "--lengths", together, "--backend", "vllm", *share]}
     else:
         every["ruler"] = {f"ruler-{length}": [*ruler, "--lengths", str(length)] for length in lengths}
@@ -432,7 +432,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
     parser.add_argument("--lengths", type=parse_lengths, default="2K,4K,8K,16K,32K", help="of RULER")
     parser.add_argument("--ruler-backend", choices=("hf", "vllm"), default="hf", help="what reads RULER's prompts")
-    parser.add_argument("--memory", type=float, help="share of a GPU that vLLM takes, where others run beside it")
+    parser.add_argument("--cache-memory", help="GiB of vLLM's cache, where others run beside it")
     parser.add_argument("--suites", default=",".join(SUITES), help="with commas")
     parser.add_argument("--samples", type=int, default=50, help="of RULER, for each task and length")
     parser.add_argument("--limit", type=int, help="documents of each task of lm-eval and of GSM8K")

@@ -59,7 +59,7 @@ _OPTIONS_OF = {
     "windows": ("perplexity",),
     "chat": ("commonsense", "gsm8k", "ruler"),
     "batch_tokens": ("commonsense", "gsm8k", "ruler"),
-    "memory": ("commonsense", "gsm8k", "ruler"),
+    "cache_memory": ("commonsense", "gsm8k", "ruler"),
     "log_samples": ("commonsense", "gsm8k", "ruler"),
 }
 # What text without a suite is scored with.
@@ -119,9 +119,8 @@ def evaluate_command(
     teacher: Annotated[str | None, typer.Option(help="Without --suite: KL and agreement against this model.")] = None,
     precision: Annotated[PrecisionName, typer.Option(help="Of matrix products.")] = PrecisionName.auto,
     backend: Annotated[BackendName, typer.Option(help="What runs the model.")] = BackendName.hf,
-    memory: Annotated[
-        float | None,
-        typer.Option(min=0.05, max=1, help="With vllm: its share of the GPU's memory. [vLLM's own choice]"),
+    cache_memory: Annotated[
+        str | None, typer.Option(help="With vllm: GiB of its cache, such as 24. [default: what is free]")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Of a batch. [default: by device]")] = None,
     log_samples: Annotated[
@@ -150,6 +149,7 @@ def evaluate_command(
         raise HyLoError("--log-samples needs --output, the folder that samples.jsonl is written to")
     from hylo.evaluate.show import missing_lines, results_table
     from hylo.evaluate.suites import SUITES, Settings, check_settings, parse_lengths
+    from hylo.plan.quantities import parse_gib
 
     preset = _QUICK if quick else _WHOLE
     settings = Settings(
@@ -168,7 +168,7 @@ def evaluate_command(
         seed=seed,
         precision=precision.value,
         backend=backend.value,
-        memory=memory,
+        cache_bytes=parse_gib(cache_memory, "--cache-memory") if cache_memory else None,
         batch_tokens=batch_tokens,
     )
     check_settings(settings)

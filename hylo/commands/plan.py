@@ -52,7 +52,7 @@ def plan(
     from hylo.distill.recipe import load_recipe
     from hylo.plan.duration import Pace
     from hylo.plan.inference import Serving
-    from hylo.plan.quantities import parse_contexts, parse_gpu_memory
+    from hylo.plan.quantities import parse_contexts, parse_gib
     from hylo.plan.report import plan_dense, plan_pair, plan_report, training_report
     from hylo.plan.show import plan_view
     from hylo.plan.source import read_config
@@ -60,7 +60,7 @@ def plan(
 
     contexts, pace = parse_contexts(context), Pace(gpu, mfu)
     serving = Serving(
-        batch, gpus, parse_gpu_memory(gpu_memory) if gpu_memory else None, prefill_chunk, _ELEMENT_SIZES[dtype]
+        batch, gpus, parse_gib(gpu_memory, "--gpu-memory") if gpu_memory else None, prefill_chunk, _ELEMENT_SIZES[dtype]
     )
     if base is not None and config is not None:
         raise HyLoError(f"plan takes BASE or --config, not both: {base} and {config}")

@@ -17,6 +17,7 @@ from hylo.evaluate.engine import Engine, Row, Scored, context_limit
 from hylo.evaluate.quiet import quiet
 
 _CPU_MEMORY_SHARE = 0.3
+_LITTLE = 0.05
 
 
 class Backend(Protocol):
@@ -98,7 +99,7 @@ def _instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 @contextmanager
 def vllm_backend(
-    folder: Path, max_length: int, context: int, dtype: str, share: float | None = None
+    folder: Path, max_length: int, context: int, dtype: str, cache_bytes: int | None = None
 ) -> Iterator[HarnessBackend]:
     """lm-eval's vLLM model for the length of the block; after it another engine finds the memory free.
 
@@ -107,7 +108,7 @@ def vllm_backend(
     Args:
         max_length: tokens of the longest sequence; vLLM refuses a model whose cache has no room for it.
         context: tokens that the model was made for. Beyond them positions go on as they are, as in transformers.
-        share: of the device's memory that vLLM may take; of a GPU nearly all where None.
+        cache_bytes: of vLLM's cache; what is left of nearly all of a GPU where None.
     """
     check_vllm()
     from hylo.serve.installed import name_vllm
@@ -116,9 +117,10 @@ def vllm_backend(
     from lm_eval.models.vllm_causallms import VLLM
 
     # Of a GPU vLLM takes nearly all; of a CPU's memory it would too, and there others need some.
-    if share is None and not torch.cuda.is_available():
-        share = _CPU_MEMORY_SHARE
-    memory = {} if share is None else {"gpu_memory_utilization": share}
+    memory: dict[str, Any] = {} if torch.cuda.is_available() else {"gpu_memory_utilization": _CPU_MEMORY_SHARE}
+    if cache_bytes is not None:
+        # A cache that is said is not measured, which what runs beside would disturb; the share is only looked for free.
+        memory = {"kv_cache_memory_bytes": cache_bytes, "gpu_memory_utilization": _LITTLE}
     # vLLM refuses more than the config says, and tabulates that many positions' rotations.
     beyond = {"hf_overrides": {"max_position_embeddings": max_length}} if max_length > context else {}
     settings: dict[str, Any] = {"dtype": dtype, "max_model_len": max_length, "batch_size": "auto"} | memory | beyond

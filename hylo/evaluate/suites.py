@@ -66,7 +66,7 @@ class Settings:
         data: a folder of data; see hylo.evaluate.data.
         place: where lm-eval's documents come from; `auto` is the hub where it answers, unless `data` is given.
         seed: of RULER's prompts.
-        memory: share of the GPU's memory for the backend vllm; None for nearly all.
+        cache_bytes: of the backend vllm's cache; None for nearly all of a GPU.
         batch_tokens: see Engine.
         workers: processes that make RULER's prompts.
     """
@@ -86,7 +86,7 @@ class Settings:
     seed: int = 0
     precision: Precision = "auto"
     backend: str = "hf"
-    memory: float | None = None
+    cache_bytes: int | None = None
     batch_tokens: int | None = None
     workers: int | None = None
 
@@ -126,8 +126,8 @@ def check_settings(settings: Settings) -> None:
         check_vllm()
         if "perplexity" in settings.suites:
             raise HyLoError("--backend vllm does not measure perplexity; leave out that suite or the backend")
-    elif settings.memory is not None:
-        raise HyLoError("--memory is for --backend vllm; leave it out, or choose that backend")
+    elif settings.cache_bytes is not None:
+        raise HyLoError("--cache-memory is for --backend vllm; leave it out, or choose that backend")
     if {"commonsense", "gsm8k"} & set(settings.suites) or settings.backend == "vllm":
         from hylo.evaluate.harness import check_harness
 
@@ -377,7 +377,7 @@ def _evaluate_one(
         if settings.backend == "vllm":
             longest = longest_sequence(settings, facts["context"])
             name = str(dtype).removeprefix("torch.")
-            backend = stack.enter_context(vllm_backend(folder, longest, facts["context"], name, settings.memory))
+            backend = stack.enter_context(vllm_backend(folder, longest, facts["context"], name, settings.cache_bytes))
         else:
             model = load_model(folder, dtype).to(default_device())
             facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())

@@ -19,11 +19,11 @@ def parse_contexts(text: str, option: str = "--context") -> list[int]:
     return contexts
 
 
-def parse_gpu_memory(text: str) -> int:
-    """`80` or `80GiB` to bytes. Raises HyLoError on anything else."""
+def parse_gib(text: str, option: str) -> int:
+    """`80` or `80GiB` to bytes. Raises HyLoError, naming the option, on anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GIB)?", text.strip().upper())
     if match is None or not float(match[1]):
-        raise HyLoError(f"--gpu-memory {text!r}; expected GiB of one GPU such as 80 or 80GiB")
+        raise HyLoError(f"{option} {text!r}; expected GiB such as 80 or 80GiB")
     return int(float(match[1]) * GIB)
 
 

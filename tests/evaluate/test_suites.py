@@ -292,7 +292,7 @@ def test_each_model_is_asked_in_its_own_chat_template() -> None:
     ("changes", "named"),
     [
         ({"tasks": ("niah_single_9",)}, "'niah_single_9'"),
-        ({"memory": 0.5}, "--memory is for --backend vllm"),
+        ({"cache_bytes": 2**30}, "--cache-memory is for --backend vllm"),
         ({"lengths": (65536,)}, "65,536 tokens are more than the 8,192"),
         ({"suites": ("perplexity",), "text": ("nowhere.txt",)}, r"nowhere\.txt"),
     ],
@@ -322,8 +322,8 @@ def test_an_engine_is_asked_for_the_longest_sequence_and_closed_before_the_next(
     events: list[Any] = []
 
     @contextmanager
-    def opened(folder: Path, longest: int, own: int, dtype: str, share: float | None) -> Iterator[Any]:
-        assert (own, share) == (context, 0.3)
+    def opened(folder: Path, longest: int, own: int, dtype: str, cache_bytes: int | None) -> Iterator[Any]:
+        assert (own, cache_bytes) == (context, 2**30)
         events.append(longest)
         yield None
         events.append("closed")
@@ -339,7 +339,7 @@ def test_an_engine_is_asked_for_the_longest_sequence_and_closed_before_the_next(
     }.items():
         monkeypatch.setattr(suites, name, value)
     folders = [str(mixed_folder), str(base_folder)]
-    evaluate_models(folders, settings(backend="vllm", memory=0.3, beyond=True, **changes))
+    evaluate_models(folders, settings(backend="vllm", cache_bytes=2**30, beyond=True, **changes))
     assert events == [expected, "closed"] * 2
 
 

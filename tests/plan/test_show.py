@@ -7,7 +7,7 @@ from rich.console import Console
 
 from hylo.errors import HyLoError
 from hylo.mixers import MIXERS
-from hylo.plan.quantities import GIB, format_tokens, parse_contexts, parse_gpu_memory
+from hylo.plan.quantities import GIB, format_tokens, parse_contexts, parse_gib
 from hylo.plan.show import layer_map
 
 
@@ -40,8 +40,13 @@ def test_tokens_as_people_write_them() -> None:
 
 
 def test_memory_as_people_write_it() -> None:
-    assert parse_gpu_memory("80") == parse_gpu_memory("80GiB") == parse_gpu_memory("80 gib") == 80 * GIB
-    assert parse_gpu_memory("0.5") == GIB // 2
+    assert (
+        parse_gib("80", "--gpu-memory")
+        == parse_gib("80GiB", "--gpu-memory")
+        == parse_gib("80 gib", "--gpu-memory")
+        == 80 * GIB
+    )
+    assert parse_gib("0.5", "--gpu-memory") == GIB // 2
     for wrong in ("", "80GB", "much", "0", "-1"):
         with pytest.raises(HyLoError, match="--gpu-memory"):
-            parse_gpu_memory(wrong)
+            parse_gib(wrong, "--gpu-memory")
