@@ -74,8 +74,9 @@ def test_gradients(mixer: str, length: int) -> None:
         layer.mixer(x, **context.arguments(layer.mixer), past_key_values=None).backward(upstream)
         return {name: p.grad.double().cpu().clone() for name, p in layer.mixer.named_parameters() if p.grad is not None}
 
-    # Mamba-2's norm of small heads multiplies roundings, more in one text than in another: the median of several.
-    texts = [(torch.randn(2, 1, length, SIZES["hidden_size"]).double()) for _ in range(5)]
+    # Mamba-2's norm multiplies the roundings of heads that are nearly 0: in one text of ten an error is ten times that
+    # of most, whoever computes it, and the median of few texts is a matter of luck.
+    texts = [(torch.randn(2, 1, length, SIZES["hidden_size"]).double()) for _ in range(25)]
     layer.double()
     expected = [gradients(hidden, upstream) for hidden, upstream in texts]
     layer.float()
