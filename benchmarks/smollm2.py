@@ -200,11 +200,13 @@ def evaluate(models: Mapping[str, tuple[str, str]], folder: Path, arguments: arg
         # The interpreter says nothing of what is asked.
         told_by = {"command": list(job.command[1:]), "model": models[job.name.split(" ")[0]][1], "corpus": corpus}
         marker = result.with_name("job.json")
-        if result.is_file() and marker.is_file() and read_json(marker)["told_by"] == told_by:
+        told = read_json(marker) if result.is_file() and marker.is_file() else {}
+        if told.get("told_by") == told_by and told["wall_s"] is not None:
             continue
         result.parent.mkdir(parents=True, exist_ok=True)
-        for stale in (result, marker):
-            stale.unlink(missing_ok=True)
+        result.unlink(missing_ok=True)
+        # What a job that is stopped has written by then was measured as asked.
+        write_json(marker, {"told_by": told_by, "wall_s": None})
         done[job.name] = (marker, told_by)
         waiting.append(job)
 
@@ -226,7 +228,7 @@ def scores_of(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     suites = {}
     for name in sorted(names):
         file = folder / name / "results.json"
-        # One that is not whole yet, or asked otherwise than now, has no marker beside it.
+        # A job writes what it has measured whole, RULER length by length; what others left has no marker beside it.
         if file.is_file() and file.with_name("job.json").is_file():
             suites[name] = read_json(file)["results"][0]["suites"]
     scores: dict[str, Any] = {"ruler": {}, "positions": {}}
@@ -390,7 +392,7 @@ def report(names: Sequence[str], folder: Path, arguments: argparse.Namespace) ->
     judged = names[0]
     rows = verdicts(told.get("base", {}), told.get(judged, {}), told.get(CONTROL, {}) if judged != CONTROL else {})
     waits = {
-        f"{path.parent.parent.name} {path.parent.name}": read_json(path)["wall_s"]
+        f"{path.parent.parent.name} {path.parent.name}": read_json(path)["wall_s"]  # None: it was stopped.
         for path in evaluated.glob("*/*/job.json")
         if path.parent.name in suites
     }

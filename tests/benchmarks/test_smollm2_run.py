@@ -1,10 +1,14 @@
 """The bars that SmolLM2's recipe is held against, and what its figures are read from."""
 
+import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import smollm2
+from jobs import Job
 from smollm2 import BARS, all_recipes, check_runs, figures, recipe_values, rise, scores_of, verdicts
 from variants import corpus_digest
 
@@ -144,3 +148,23 @@ def test_corpora_are_told_by_what_they_hold(tmp_path: Path) -> None:
         (tmp_path / name / "tokens" / "prose" / "00000").write_text(text)
     one, same, other = (corpus_digest(tmp_path / name) for name in ("one", "same", "other"))
     assert one == same != other
+
+
+def test_a_job_that_was_stopped_is_counted_and_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had written by then was measured; one that ended is not run a second time."""
+    (tmp_path / "tokens").mkdir()
+    place = tmp_path / "evaluate" / "base" / "ruler-vllm"
+    code = (
+        "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); runs = folder / 'runs'\n"
+        "count = len(runs.read_text()) if runs.exists() else 0; runs.write_text('x' * (count + 1))\n"
+        "lengths = {str(2048 * 2 ** i): {'mean': {'value': 0.5}} for i in range(count + 1)}\n"
+        "(folder / 'results.json').write_text(json.dumps({'results': [{'suites': {'ruler': {'lengths': lengths}}}]}))\n"
+        "sys.exit(count == 0)\n"
+    )
+    job = Job("base ruler-vllm", [sys.executable, "-c", code, str(place)], place / "log.txt", tmp_path)
+    monkeypatch.setattr(smollm2, "evaluation_jobs", lambda *_: [(job, place / "results.json")])
+    asked = argparse.Namespace(data=tmp_path, gpus=[])
+    models, folder = {"base": ("somewhere", "")}, tmp_path / "evaluate"
+    for sound, lengths in ((False, ["2048"]), (True, ["2048", "4096"]), (True, ["2048", "4096"])):
+        assert smollm2.evaluate(models, folder, asked) is sound
+        assert list(scores_of(place.parent, ["ruler-vllm"])["ruler"]) == lengths
