@@ -349,7 +349,8 @@ def plot(training: Mapping[str, Any], scores: Mapping[str, Any], path: Path) -> 
             axes = layerwise if stage["objective"] == "layerwise" else kl
             key = "loss" if stage["objective"] == "layerwise" else "kl"
             points = [
-                (total + log["tokens"], log["loss"] if log.get(key) is None else log[key]) for log in stage["logs"]
+                ((total + log["tokens"]) / 1e6, log["loss"] if log.get(key) is None else log[key])
+                for log in stage["logs"]
             ]
             points = [point for point in points if point[1] is not None]
             label = None if stage["objective"] in seen else name
@@ -357,9 +358,9 @@ def plot(training: Mapping[str, Any], scores: Mapping[str, Any], path: Path) -> 
             seen[stage["objective"]] = 1
             total += stage["tokens"]
             if axes is kl:
-                axes.axvline(total, color=colours[name], alpha=0.2)
-    layerwise.set(title="layerwise", xlabel="tokens seen", ylabel="loss, summed over layers")
-    kl.set(title="end to end, stage by stage", xlabel="tokens seen", ylabel="KL, nats a token", yscale="log")
+                axes.axvline(total / 1e6, color=colours[name], alpha=0.2)
+    layerwise.set(title="layerwise", xlabel="million tokens seen", ylabel="loss, summed over layers")
+    kl.set(title="end to end, stage by stage", xlabel="million tokens seen", ylabel="KL, nats a token", yscale="log")
     for name, own in scores.items():
         for text, one in own["positions"].items():
             points = [(place["start"] + 512, place["perplexity"]) for place in one["positions"]]
