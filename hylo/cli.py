@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from hylo.commands import bench, evaluate, interop, layout, plan, report, serve
+from hylo.commands import bench, evaluate, interop, layout, plan, report, sample, serve
 from hylo.commands.common import GEOMETRY_HELP, LAYOUT_HELP, DtypeName, out
 from hylo.errors import HyLoError, HyLoWarning
 
@@ -277,6 +277,7 @@ interop.register(app)
 serve.register(app)
 bench.register(app)
 layout.register(app)
+sample.register(app)
 
 
 def _quietly() -> None:
