@@ -93,6 +93,14 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     "calibration of no text": ("convert base out -l 2MLA2GDN --calibration-tokens 7", "--calibrate"),
     "a plan of nothing as JSON": ("convert base out -l 2MLA2GDN --json", "--dry-run"),
     "missing calibration text": ("convert base out -l 2MLA2GDN --calibrate nowhere.txt", "nowhere.txt"),
+    "missing calibration text of a dry run": (
+        "convert base -l 2MLA2GDN --dry-run --calibrate nowhere.txt",
+        "nowhere.txt",
+    ),
+    "short calibration text of a dry run": (
+        "convert base -l 2MLA2GDN --dry-run --calibrate texts/text00.txt --calibration-length 9999",
+        "no document is long enough for a window of 9999 tokens",
+    ),
     "missing recipe": ("upcycle nowhere.yaml -o out", "nowhere.yaml"),
     "bad key": ("upcycle bad_key.yaml -o out", "layuot"),
     "unknown step": ("upcycle recipe.yaml -o out --from stage9", "stage9"),
