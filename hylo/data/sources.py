@@ -7,13 +7,23 @@ import json
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hylo.data.documents import Document, text_digest, unit_hash
 from hylo.data.sections import SourceSection
-from hylo.data.tables import Rows, documents_of, first_line, read_json_rows, read_parquet_rows, require_datasets, told
+from hylo.data.tables import (
+    BATCH_ROWS,
+    Rows,
+    documents_of,
+    first_line,
+    read_json_rows,
+    read_parquet_rows,
+    require_datasets,
+    told,
+)
 from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.tokens import TokenFolder
 from hylo.errors import HyLoError, HyLoWarning
@@ -314,16 +324,33 @@ class _HubDataset:
         require_datasets()
         return cls(section, "/".join(parts[:2]), parts[2] if len(parts) == 3 else section.config)
 
-    def _call(self, load: Callable[..., Any], **options: Any) -> Any:
+    @contextmanager
+    def _had(self) -> Iterator[None]:
         try:
-            return load(self.name, self.config, revision=self.section.revision, **options)
+            yield
         # What networks, caches and loaders raise has no common class.
         except Exception as error:
             raise HyLoError(f"{self.section.source} could not be had from the hub: {first_line(error)}") from None
 
+    def _builder(self) -> Any:
+        builder = require_datasets().load_dataset_builder(self.name, self.config, revision=self.section.revision)
+        if builder.name == "parquet" and builder.config.batch_size is None:
+            # Not as an option, by which the dataset would be another one in the cache.
+            builder.config.batch_size = BATCH_ROWS
+        return builder
+
     def _dataset(self) -> Any:
-        load = require_datasets().load_dataset
-        return self._call(load, split=self.section.split, streaming=self.section.streaming)
+        """As `datasets.load_dataset` does. Raises HyLoError where it cannot be had, or has no rows."""
+        split = self.section.split
+        with self._had():
+            builder = self._builder()
+            if self.section.streaming:
+                return builder.as_streaming_dataset(split=split)
+            builder.download_and_prepare()
+            rows = (builder.info.splits or {}).get(split.partition("[")[0])
+            if rows is None or rows.num_examples:
+                return builder.as_dataset(split=split)
+        raise HyLoError(f"no text in {self.section.source}: {split} has no rows")
 
     def read(self) -> Iterator[Document]:
         dataset = self._dataset()
@@ -335,7 +362,8 @@ class _HubDataset:
         """Downloaded, the fingerprint of the dataset; streamed, its files with the revision that they are of."""
         if not self.section.streaming:
             return str(self._dataset()._fingerprint)
-        builder = self._call(require_datasets().load_dataset_builder)
+        with self._had():
+            builder = self._builder()
         files = (builder.config.data_files or {}).get(self.section.split.partition("[")[0])
         told_by = [self.name, self.config, self.section.split, builder.hash]
         told_by += [] if files is None else [list(files), [list(pair) for pair in files.origin_metadata]]
