@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from glob import has_magic
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from hylo.config import HyLoConfig
+from hylo.data.folders import folder_of_pattern, folders_read, is_recursive, roots_of_pattern
 from hylo.data.prepare import Corpus
 from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.windows import Windows, make_windows
@@ -100,12 +99,14 @@ def _remove(folder: Path) -> None:
         raise HyLoError(f"cannot remove {folder}, which is to be made again: {error.strerror}") from None
 
 
-def _folder_of(source: str) -> Path | None:
-    """The folder all of which a source reads; None where it is none."""
+def _folders_of(source: str) -> list[Path]:
+    """The folders all of which a source reads."""
     path = expand_user(source.removeprefix(TOKENS))
     if path.is_dir():
-        return path
-    return Path(*takewhile(lambda part: not has_magic(part), path.parts)) if "**" in path.parts else None
+        return [path, *folders_read(path)]
+    if not is_recursive(path):
+        return []
+    return [folder_of_pattern(path), *(folder for root in roots_of_pattern(path) for folder in folders_read(root))]
 
 
 class UpcycleRun:
@@ -501,11 +502,11 @@ class UpcycleRun:
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
         for source in [*self.recipe.data.train, *(self.recipe.data.eval or [])]:
-            folder = _folder_of(source.source)
-            if folder is not None and self.output.resolve().is_relative_to(folder.resolve()):
-                raise HyLoError(
-                    f"{self.output} is inside {folder}, all of which is read as text; choose another output"
-                )
+            for folder in _folders_of(source.source):
+                if self.output.resolve().is_relative_to(folder.resolve()):
+                    raise HyLoError(
+                        f"{self.output} is inside {folder}, all of which is read as text; choose another output"
+                    )
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:

@@ -303,6 +303,15 @@ def test_an_output_that_would_be_read_as_text(base_folder: Path, tmp_path: Path,
     assert not (tmp_path / "below" / "run").exists()
 
 
+def test_an_output_that_a_link_leads_to(base_folder: Path, tmp_path: Path) -> None:
+    for name in ("texts", "runs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "runs")
+    recipe = make_recipe(base_folder, write_texts(tmp_path / "texts", 3))
+    with pytest.raises(HyLoError, match=r"runs/run is inside .*/runs, all of which is read as text"):
+        UpcycleRun(recipe, tmp_path / "runs" / "run").run()
+
+
 def test_a_teacher_of_an_unknown_family(recipe: Recipe, base_folder: Path, tmp_path: Path) -> None:
     teacher = Path(shutil.copytree(base_folder, tmp_path / "teacher"))
     config = json.loads((teacher / "config.json").read_text())

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import sysconfig
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hylo.data.documents import Document, text_digest, unit_hash
+from hylo.data.folders import files_below, files_like, folder_of_pattern
 from hylo.data.sections import SourceSection
 from hylo.data.tables import (
     BATCH_ROWS,
@@ -26,7 +26,7 @@ from hylo.data.tables import (
 )
 from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.tokens import TokenFolder
-from hylo.errors import HyLoError, HyLoWarning
+from hylo.errors import HyLoError
 from hylo.files import expand_user
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -170,29 +170,20 @@ def _no_text(name: str) -> Iterator[Document]:
 def _find_files(source: str) -> dict[str, Path]:
     """Files by the names that their documents get, from the source down: the split stays when a folder moves.
 
-    Links to folders are not followed: they may lead back, and what is reached twice would be other documents by name.
-
     Raises HyLoError where there is none, or those that there are hold something else than text or tables.
     """
     path = expand_user(source)
     if path.is_dir():
-        below = list(path.rglob("*"))
-        if linked := sorted(file for file in below if file.is_symlink() and file.is_dir()):
-            message = f"{linked[0]} is a link to a folder, and is not followed; name that folder as a source of its own"
-            warnings.warn(message, HyLoWarning, stacklevel=2)
-        files = [file for file in below if file.is_file()]
-        found = {str(Path(path.name) / file.relative_to(path)): file for file in files}
+        found = {str(Path(path.name) / file.relative_to(path)): file for file in files_below(path)}
     elif path.exists():
         if _ends(path.name, _NO_TEXT_SUFFIXES) and not _ends(path.name, (*_TABLE_SUFFIXES, *_JSON_SUFFIXES)):
             tables = ", ".join((*_TABLE_SUFFIXES, *_JSON_SUFFIXES))
             raise HyLoError(f"{path} is no plain text by its name; expected text, or a table in {tables}")
         return {path.name: path}
     elif glob.has_magic(source):
-        # The folder that everything like the pattern lies in.
-        folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        pattern = str(path.relative_to(folder))
+        folder = folder_of_pattern(path)
         try:
-            files = [file for file in folder.glob(pattern) if file.is_file()]
+            files = files_like(path)
         except ValueError as error:
             raise HyLoError(
                 f"{source!r} is no pattern of files: {error}; expected one such as 'text/**/*.txt'"
