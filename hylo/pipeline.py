@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from hylo.config import HyLoConfig
-from hylo.data.folders import folder_of_pattern, folders_read, is_recursive, roots_of_pattern
+from hylo.data.folders import folder_of_pattern, folders_read, is_recursive, reaches_into, roots_of_pattern
 from hylo.data.prepare import Corpus
 from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.windows import Windows, make_windows
@@ -501,12 +501,20 @@ class UpcycleRun:
             foreign = [name for name in names if name not in ours and ".partial-" not in name]
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
+        steps = self.step_names
+        # What a run keeps beside the folders of its steps.
+        folders = [*steps, *(f".{name}.checkpoints" for name in steps), "base", "teacher", "tensorboard"]
         for source in [*self.recipe.data.train, *(self.recipe.data.eval or [])]:
             for folder in _folders_of(source.source):
                 if self.output.resolve().is_relative_to(folder.resolve()):
                     raise HyLoError(
                         f"{self.output} is inside {folder}, all of which is read as text; choose another output"
                     )
+            path = expand_user(source.source)
+            if not path.exists() and reaches_into(path, self.output, [_RUN_FILE], folders):
+                raise HyLoError(
+                    f"{source.source!r} would read as text what the run writes to {self.output}; choose another output"
+                )
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:

@@ -92,3 +92,17 @@ def _is_like(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     if pattern[0] == _ANY_DEPTH:
         return _is_like(parts, pattern[1:]) or (bool(parts) and _is_like(parts[1:], pattern))
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _is_like(parts[1:], pattern[1:])
+
+
+def reaches_into(path: Path, folder: Path, files: Sequence[str], folders: Sequence[str]) -> bool:
+    """Whether a pattern without a `**` may be like a file of a folder that holds such files and folders by name.
+
+    Of what lies in those folders nothing is known: any file may.
+    """
+    base = folder_of_pattern(path)
+    pattern = [*map(glob.escape, base.resolve().parts), *path.relative_to(base).parts]
+    inside = folder.resolve().parts
+    if len(pattern) <= len(inside) or not all(map(fnmatchcase, inside, pattern)):
+        return False
+    names = files if len(pattern) == len(inside) + 1 else folders
+    return any(fnmatchcase(name, pattern[len(inside)]) for name in names)
