@@ -184,7 +184,7 @@ def convert(
             )
             windows = None
             if calibration_text:
-                windows = _calibration_windows(folder, calibration_text, calibration_tokens, calibration_length)
+                windows = _calibration_windows(opened, calibration_text, calibration_tokens, calibration_length)
             if dry_run:
                 out.print(
                     plan_json(plan) if as_json else plan_table(plan), soft_wrap=as_json, highlight=False, markup=False
@@ -202,13 +202,19 @@ def convert(
     )
 
 
-def _calibration_windows(folder: Path, text: list[str], tokens: int, length: int) -> Any:
-    """Of a base's folder. Raises HyLoError where a text does not exist, or none is long enough."""
+def _calibration_windows(base: Any, text: list[str], tokens: int, length: int) -> Any:
+    """For a base. Raises HyLoError where a text does not exist, none is long enough, or an id has no embedding."""
     from hylo.data.sources import read_documents
     from hylo.data.windows import make_windows
     from hylo.upcycle.bases import load_tokenizer
 
-    return make_windows(read_documents(text), load_tokenizer(folder), length, limit_tokens=tokens)
+    return make_windows(
+        read_documents(text),
+        load_tokenizer(base.folder),
+        length,
+        limit_tokens=tokens,
+        vocabulary=base.config.vocab_size,
+    )
 
 
 def _convert_calibrated(plan: Any, base: Any, output: Path, windows: Any, overwrite: bool, scratch: Path) -> None:

@@ -141,7 +141,18 @@ class UpcycleRun:
     @cached_property
     def corpus(self) -> Corpus:
         """What the run trains and is evaluated on, disjoint in text."""
-        return Corpus(self.recipe.data, lambda: self.tokenizer, evaluation_tokens=self.recipe.evaluation.tokens)
+        return Corpus(
+            self.recipe.data,
+            lambda: self.tokenizer,
+            load_vocabulary=lambda: self._vocabulary,
+            evaluation_tokens=self.recipe.evaluation.tokens,
+        )
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        """How many ids the base has embeddings for, and so the hybrid."""
+        with Base.open(self.base_folder) as base:
+            return int(base.config.vocab_size)
 
     @property
     def _rope_scaling(self) -> dict[str, Any] | None:
@@ -306,7 +317,12 @@ class UpcycleRun:
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         section = self.recipe.evaluation
         windows = make_windows(
-            self.corpus.evaluation, self.tokenizer, section.length, limit_tokens=section.tokens, seed=self.recipe.seed
+            self.corpus.evaluation,
+            self.tokenizer,
+            section.length,
+            limit_tokens=section.tokens,
+            seed=self.recipe.seed,
+            vocabulary=self._vocabulary,
         )
         batches = windows.batches(2)
         with autocast(self.device, self.dtype):
@@ -398,8 +414,15 @@ class UpcycleRun:
                 f"{recipe.stages[0].name}: every layer of the layout is attention; there is nothing to train"
             )
         with _of("evaluation"):
-            # One window tells.
-            make_windows(self.corpus.evaluation, self.tokenizer, recipe.evaluation.length, limit_tokens=1)
+            # One window tells, unless an id may be beyond what the model has embeddings for.
+            make_windows(
+                self.corpus.evaluation,
+                self.tokenizer,
+                recipe.evaluation.length,
+                limit_tokens=recipe.evaluation.tokens if self.corpus.encoder.may_exceed else 1,
+                seed=recipe.seed,
+                vocabulary=self._vocabulary,
+            )
         with _of("calibration"):
             self._calibration_windows()
         for stage in recipe.stages:

@@ -25,7 +25,7 @@ from hylo.errors import HyLoError
 from hylo.evaluate.agreement import evaluate, make_reference
 from hylo.lock import locked
 from hylo.pipeline import UpcycleRun
-from hylo.upcycle.bases import load_model, weights_digest
+from hylo.upcycle.bases import load_model, load_tokenizer, weights_digest
 
 STEPS = ["convert", "calibrate", "stage1", "stage2", "model", "evaluate", "report"]
 
@@ -277,6 +277,26 @@ def test_what_later_steps_would_refuse_is_refused_first(
     with pytest.raises(HyLoError, match=named):
         UpcycleRun(recipe, tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["eval", "train"])
+def test_a_tokenizer_with_ids_beyond_the_base(base_folder: Path, tmp_path: Path, where: str) -> None:
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "eval.txt").write_text(sentences(7))
+    recipe = make_recipe(base, write_texts(tmp_path / "train", 6))
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"eval": make_recipe(base, tmp_path / "eval.txt").data.train})}
+    )
+    UpcycleRun(recipe, tmp_path / "run").run(until="convert")
+    for file in [tmp_path / "eval.txt"] if where == "eval" else (tmp_path / "train").iterdir():
+        file.write_text(f"<new> {file.read_text()}")
+    with pytest.raises(HyLoError, match=r"gives '<new>' the id 300, and the model's config\.vocab_size is 300"):
+        UpcycleRun(recipe, tmp_path / "other").run()
+    assert not (tmp_path / "other").exists()
 
 
 def test_text_that_is_long_enough_later_on_is_enough(base_folder: Path, tmp_path: Path) -> None:
