@@ -182,23 +182,17 @@ def convert(
                 solve_output=bool(calibration_text),
                 source_name=base,
             )
+            windows = None
+            if calibration_text:
+                windows = _calibration_windows(opened, calibration_text, calibration_tokens, calibration_length)
             if dry_run:
                 out.print(
                     plan_json(plan) if as_json else plan_table(plan), soft_wrap=as_json, highlight=False, markup=False
                 )
                 return
             assert output is not None
-            if calibration_text:
-                _convert_calibrated(
-                    plan,
-                    opened,
-                    output,
-                    calibration_text,
-                    calibration_tokens,
-                    calibration_length,
-                    overwrite,
-                    Path(scratch),
-                )
+            if windows is not None:
+                _convert_calibrated(plan, opened, output, windows, overwrite, Path(scratch))
             else:
                 execute(plan, opened, output, overwrite=overwrite)
     config = plan.config
@@ -208,24 +202,32 @@ def convert(
     )
 
 
-def _convert_calibrated(
-    plan: Any, base: Any, output: Path, text: list[str], tokens: int, length: int, overwrite: bool, scratch: Path
-) -> None:
+def _calibration_windows(base: Any, text: list[str], tokens: int, length: int) -> Any:
+    """For a base. Raises HyLoError where a text does not exist, none is long enough, or an id has no embedding."""
+    from hylo.data.sources import read_documents
+    from hylo.data.windows import make_windows
+    from hylo.upcycle.bases import load_tokenizer
+
+    return make_windows(
+        read_documents(text),
+        load_tokenizer(base.folder),
+        length,
+        limit_tokens=tokens,
+        vocabulary=base.config.vocab_size,
+    )
+
+
+def _convert_calibrated(plan: Any, base: Any, output: Path, windows: Any, overwrite: bool, scratch: Path) -> None:
     """Converts into `scratch`, calibrates, and writes the calibrated checkpoint alone."""
     import dataclasses
 
     import torch
 
-    from hylo.data.sources import read_documents
-    from hylo.data.windows import make_windows
     from hylo.files import atomic_directory
     from hylo.precision import resolve_precision
-    from hylo.upcycle.bases import load_tokenizer
     from hylo.upcycle.calibrate import calibrate_checkpoint
     from hylo.upcycle.convert import write_checkpoint
 
-    documents = read_documents(text)
-    windows = make_windows(documents, load_tokenizer(base.folder), length, limit_tokens=tokens)
     converted = scratch / "converted"
     converted.mkdir()
     with atomic_directory(output, overwrite=overwrite) as work:

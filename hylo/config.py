@@ -70,6 +70,8 @@ class HyLoConfig(LlamaConfig):
             raise HyLoError(f"sliding_layers {self.sliding_layers} without a sliding_window")
         if self.sliding_window is not None and self.sliding_window < 2:
             raise HyLoError(f"sliding_window {self.sliding_window}; expected 2 tokens or more")
+        if not isinstance(self.mixer_geometry, dict):
+            raise HyLoError(f"mixer_geometry is {self.mixer_geometry!r}; expected an object of sizes by mixer")
         for name in sorted(set(self.token_mixers)):
             self.geometry(name)
 

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from glob import has_magic
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from hylo.config import HyLoConfig
+from hylo.data.folders import folder_of_pattern, folders_read, is_recursive, reaches_into, roots_of_pattern
 from hylo.data.prepare import Corpus
 from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.windows import Windows, make_windows
@@ -100,12 +99,14 @@ def _remove(folder: Path) -> None:
         raise HyLoError(f"cannot remove {folder}, which is to be made again: {error.strerror}") from None
 
 
-def _folder_of(source: str) -> Path | None:
-    """The folder all of which a source reads; None where it is none."""
+def _folders_of(source: str) -> list[Path]:
+    """The folders all of which a source reads."""
     path = expand_user(source.removeprefix(TOKENS))
     if path.is_dir():
-        return path
-    return Path(*takewhile(lambda part: not has_magic(part), path.parts)) if "**" in path.parts else None
+        return [path, *folders_read(path)]
+    if not is_recursive(path):
+        return []
+    return [folder_of_pattern(path), *(folder for root in roots_of_pattern(path) for folder in folders_read(root))]
 
 
 class UpcycleRun:
@@ -140,7 +141,18 @@ class UpcycleRun:
     @cached_property
     def corpus(self) -> Corpus:
         """What the run trains and is evaluated on, disjoint in text."""
-        return Corpus(self.recipe.data, lambda: self.tokenizer, evaluation_tokens=self.recipe.evaluation.tokens)
+        return Corpus(
+            self.recipe.data,
+            lambda: self.tokenizer,
+            load_vocabulary=lambda: self._vocabulary,
+            evaluation_tokens=self.recipe.evaluation.tokens,
+        )
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        """How many ids the base has embeddings for, and so the hybrid."""
+        with Base.open(self.base_folder) as base:
+            return int(base.config.vocab_size)
 
     @property
     def _rope_scaling(self) -> dict[str, Any] | None:
@@ -305,7 +317,12 @@ class UpcycleRun:
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         section = self.recipe.evaluation
         windows = make_windows(
-            self.corpus.evaluation, self.tokenizer, section.length, limit_tokens=section.tokens, seed=self.recipe.seed
+            self.corpus.evaluation,
+            self.tokenizer,
+            section.length,
+            limit_tokens=section.tokens,
+            seed=self.recipe.seed,
+            vocabulary=self._vocabulary,
         )
         batches = windows.batches(2)
         with autocast(self.device, self.dtype):
@@ -397,8 +414,15 @@ class UpcycleRun:
                 f"{recipe.stages[0].name}: every layer of the layout is attention; there is nothing to train"
             )
         with _of("evaluation"):
-            # One window tells.
-            make_windows(self.corpus.evaluation, self.tokenizer, recipe.evaluation.length, limit_tokens=1)
+            # One window tells, unless an id may be beyond what the model has embeddings for.
+            make_windows(
+                self.corpus.evaluation,
+                self.tokenizer,
+                recipe.evaluation.length,
+                limit_tokens=recipe.evaluation.tokens if self.corpus.encoder.may_exceed else 1,
+                seed=recipe.seed,
+                vocabulary=self._vocabulary,
+            )
         with _of("calibration"):
             self._calibration_windows()
         for stage in recipe.stages:
@@ -500,11 +524,19 @@ class UpcycleRun:
             foreign = [name for name in names if name not in ours and ".partial-" not in name]
             if foreign:
                 raise HyLoError(f"{self.output} holds {foreign[0]} and is no run of hylo; choose another output")
+        steps = self.step_names
+        # What a run keeps beside the folders of its steps.
+        folders = [*steps, *(f".{name}.checkpoints" for name in steps), "base", "teacher", "tensorboard"]
         for source in [*self.recipe.data.train, *(self.recipe.data.eval or [])]:
-            folder = _folder_of(source.source)
-            if folder is not None and self.output.resolve().is_relative_to(folder.resolve()):
+            for folder in _folders_of(source.source):
+                if self.output.resolve().is_relative_to(folder.resolve()):
+                    raise HyLoError(
+                        f"{self.output} is inside {folder}, all of which is read as text; choose another output"
+                    )
+            path = expand_user(source.source)
+            if not path.exists() and reaches_into(path, self.output, [_RUN_FILE], folders):
                 raise HyLoError(
-                    f"{self.output} is inside {folder}, all of which is read as text; choose another output"
+                    f"{source.source!r} would read as text what the run writes to {self.output}; choose another output"
                 )
 
     @cached_property

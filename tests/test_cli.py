@@ -14,7 +14,7 @@ import yaml
 from tiny import MIXED_LAYOUT
 
 from hylo.cli import main
-from hylo.upcycle.bases import load_model
+from hylo.upcycle.bases import load_model, load_tokenizer
 
 
 class Result(NamedTuple):
@@ -93,6 +93,14 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     "calibration of no text": ("convert base out -l 2MLA2GDN --calibration-tokens 7", "--calibrate"),
     "a plan of nothing as JSON": ("convert base out -l 2MLA2GDN --json", "--dry-run"),
     "missing calibration text": ("convert base out -l 2MLA2GDN --calibrate nowhere.txt", "nowhere.txt"),
+    "missing calibration text of a dry run": (
+        "convert base -l 2MLA2GDN --dry-run --calibrate nowhere.txt",
+        "nowhere.txt",
+    ),
+    "short calibration text of a dry run": (
+        "convert base -l 2MLA2GDN --dry-run --calibrate texts/text00.txt --calibration-length 9999",
+        "no document is long enough for a window of 9999 tokens",
+    ),
     "missing recipe": ("upcycle nowhere.yaml -o out", "nowhere.yaml"),
     "bad key": ("upcycle bad_key.yaml -o out", "layuot"),
     "unknown step": ("upcycle recipe.yaml -o out --from stage9", "stage9"),
@@ -189,6 +197,22 @@ def test_calibration_on_short_texts(run: Run, here: Path) -> None:
     assert "choose a smaller length" in run(*command).err
     result = run(*command, "--calibration-length", "16")
     assert result.code == 0, result.err
+
+
+def test_calibration_text_with_ids_beyond_the_base(run: Run, here: Path) -> None:
+    tokenizer = load_tokenizer(here / "base")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(here / "base")
+    (here / "new.txt").write_text("bado <new> mila " * 50)
+    before = everything(here)
+    for target in ("out", "--dry-run"):
+        result = run(
+            *f"convert base {target} -l 2MLA2GDN --calibrate texts --calibrate new.txt --calibration-length 32".split()
+        )
+        assert result.code == 1
+        assert "new.txt: the tokenizer gives '<new>' the id 300" in result.err
+        assert result.err.count("\n") == 1
+    assert everything(here) == before
 
 
 def test_dry_run_writes_nothing(run: Run, here: Path) -> None:

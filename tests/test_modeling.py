@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from differentiate import with_gradients
-from tiny import HYBRIDS, hybrid_config, random_hybrid, random_ids
+from tiny import GEOMETRY, HYBRIDS, hybrid_config, random_hybrid, random_ids
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -223,6 +223,12 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown mixer": ({"token_mixers": ["mla", "hyena"]}, "hyena"),
     "missing size": ({"mixer_geometry": {"mla": {"kv_lora_rank": 4}}}, "qk_nope_head_dim"),
     "unknown size": ({"mixer_geometry": {"gdn": {"heads": 4}}, "token_mixers": ["gdn", "gdn"]}, "heads"),
+    "a size that is to be a list": (
+        {"mixer_geometry": {"mla": GEOMETRY["mla"] | {"rope_pairs": 3}}},
+        "geometry of mla: rope_pairs is 3; expected a list of whole numbers, or null",
+    ),
+    "a number for sizes": ({"mixer_geometry": {"mla": 3}}, "geometry of mla is 3; expected an object of sizes"),
+    "a number for all sizes": ({"mixer_geometry": 3}, "mixer_geometry is 3; expected an object of sizes by mixer"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "heads"),
 }
 

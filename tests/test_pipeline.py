@@ -25,7 +25,7 @@ from hylo.errors import HyLoError
 from hylo.evaluate.agreement import evaluate, make_reference
 from hylo.lock import locked
 from hylo.pipeline import UpcycleRun
-from hylo.upcycle.bases import load_model, weights_digest
+from hylo.upcycle.bases import load_model, load_tokenizer, weights_digest
 
 STEPS = ["convert", "calibrate", "stage1", "stage2", "model", "evaluate", "report"]
 
@@ -279,6 +279,26 @@ def test_what_later_steps_would_refuse_is_refused_first(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("where", ["eval", "train"])
+def test_a_tokenizer_with_ids_beyond_the_base(base_folder: Path, tmp_path: Path, where: str) -> None:
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "eval.txt").write_text(sentences(7))
+    recipe = make_recipe(base, write_texts(tmp_path / "train", 6))
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"eval": make_recipe(base, tmp_path / "eval.txt").data.train})}
+    )
+    UpcycleRun(recipe, tmp_path / "run").run(until="convert")
+    for file in [tmp_path / "eval.txt"] if where == "eval" else (tmp_path / "train").iterdir():
+        file.write_text(f"<new> {file.read_text()}")
+    with pytest.raises(HyLoError, match=r"gives '<new>' the id 300, and the model's config\.vocab_size is 300"):
+        UpcycleRun(recipe, tmp_path / "other").run()
+    assert not (tmp_path / "other").exists()
+
+
 def test_text_that_is_long_enough_later_on_is_enough(base_folder: Path, tmp_path: Path) -> None:
     """What stands first would make no window."""
     texts = tmp_path / "texts.jsonl"
@@ -301,6 +321,47 @@ def test_an_output_that_would_be_read_as_text(base_folder: Path, tmp_path: Path,
     with pytest.raises(HyLoError, match=r"below/run is inside .*, all of which is read as text; choose another"):
         UpcycleRun(recipe, tmp_path / "below" / "run").run()
     assert not (tmp_path / "below" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "refused"),
+    [
+        ("runs/*/*/*.txt", True),
+        ("runs/*/stage1/*.txt", True),
+        ("runs/mine/model/[mv]*.txt", True),
+        ("*/*/.stage?.checkpoints/*.txt", True),
+        ("runs/*/*", True),
+        ("runs/*/*.txt", False),
+        ("runs/*/texts/*.txt", False),
+        ("runs/other*/*/*.txt", False),
+        ("*/*.txt", False),
+    ],
+)
+def test_an_output_that_a_pattern_would_read(base_folder: Path, tmp_path: Path, pattern: str, refused: bool) -> None:
+    """What the run writes would be other text to the command that goes on with it."""
+    recipe = make_recipe(base_folder, tmp_path / pattern)
+    for name in ("", "runs", "runs/other", "runs/other/texts", "runs/other/stage1", "runs/other/.stage1.checkpoints"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        write_texts(tmp_path / name, 3)
+    (tmp_path / "runs" / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "run.json").write_text("{}")
+    for name in ("merges.txt", "vocab.txt"):
+        (tmp_path / "runs" / "mine" / "model" / name).write_text(sentences(5))
+    run = UpcycleRun(recipe, tmp_path / "runs" / "mine")
+    if refused:
+        with pytest.raises(HyLoError, match=r"would read as text what the run writes to .*mine; choose another output"):
+            run._check_output()
+    else:
+        run._check_output()
+
+
+def test_an_output_that_a_link_leads_to(base_folder: Path, tmp_path: Path) -> None:
+    for name in ("texts", "runs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "runs")
+    recipe = make_recipe(base_folder, write_texts(tmp_path / "texts", 3))
+    with pytest.raises(HyLoError, match=r"runs/run is inside .*/runs, all of which is read as text"):
+        UpcycleRun(recipe, tmp_path / "runs" / "run").run()
 
 
 def test_a_teacher_of_an_unknown_family(recipe: Recipe, base_folder: Path, tmp_path: Path) -> None:

@@ -63,8 +63,9 @@ def layout(
         documents = read_documents(text)
         held_out = hold_out(documents, 0.1)
         tokenizer = load_tokenizer(folder)
-        read = make_windows(without_overlap(documents, held_out), tokenizer, length, limit_tokens=tokens)
-        unseen = make_windows(held_out, tokenizer, length, limit_tokens=scored)
+        training = without_overlap(documents, held_out)
+        read = make_windows(training, tokenizer, length, limit_tokens=tokens, vocabulary=config.vocab_size)
+        unseen = make_windows(held_out, tokenizer, length, limit_tokens=scored, vocabulary=config.vocab_size)
         evidence = measure_layers(folder, mixer, sizes, read, unseen)
     block = linear.upper()
     even = [i for i, name in enumerate(parse_layout(f"{count}MLA{layers - count}{block}", layers)) if name == "mla"]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,11 +36,13 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
     gpu_memory: Annotated[str | None, typer.Option(help="GiB of one GPU, such as 80: says what fits.")] = None,
     gpu: Annotated[
-        str, typer.Option(help="Its name, for the time that training takes: H100, A100, L40S, ...")
-    ] = "H100",
+        str | None,
+        typer.Option(help="Its name, for the time that a --recipe takes: H100, A100, L40S, ... [default: H100]"),
+    ] = None,
     mfu: Annotated[
-        float, typer.Option(min=0.01, max=1, help="The share of its peak that training is taken to use.")
-    ] = 0.3,
+        float | None,
+        typer.Option(min=0.01, max=1, help="The share of its peak that a --recipe is taken to use. [default: 0.3]"),
+    ] = None,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that are read at a time.")] = 8192,
     dtype: Annotated[DtypeName, typer.Option(help="Of weights and cache when serving.")] = DtypeName.bfloat16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -58,14 +60,17 @@ def plan(
     from hylo.plan.source import read_config
     from hylo.upcycle.geometry import parse_geometry
 
-    contexts, pace = parse_contexts(context), Pace(gpu, mfu)
+    contexts = parse_contexts(context)
     serving = Serving(
         batch, gpus, parse_gib(gpu_memory, "--gpu-memory") if gpu_memory else None, prefill_chunk, _ELEMENT_SIZES[dtype]
     )
     if base is not None and config is not None:
         raise HyLoError(f"plan takes BASE or --config, not both: {base} and {config}")
-    if teacher is not None and recipe is None:
-        raise HyLoError(f"--teacher {teacher} is for the training that a --recipe tells of; none is given")
+    for option, value in (("--teacher", teacher), ("--gpu", gpu), ("--mfu", mfu)):
+        if value is not None and recipe is None:
+            raise HyLoError(f"{option} {value} is for the training that a --recipe tells of; none is given")
+    given: dict[str, Any] = {"gpu": gpu, "mfu": mfu}
+    pace = Pace(**{name: value for name, value in given.items() if value is not None})
     spec = load_recipe(recipe) if recipe is not None else None
     source = base or (str(config) if config is not None else spec.base if spec is not None else None)
     if source is None:

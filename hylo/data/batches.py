@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hylo.data.mixture import SourceReport, WindowPlan
 from hylo.data.store import TokenStore
+from hylo.errors import HyLoError
 from hylo.ops.linear_cross_entropy import IGNORED
 
 
@@ -33,10 +35,13 @@ class PackedWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
     Args:
         stores: the sources' tokens, in the plan's order.
         plan: which of their tokens make which window.
+        vocabulary: the model's `config.vocab_size`; None for no check of ids.
+
+    Items raise HyLoError on an id beyond the vocabulary.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], plan: WindowPlan) -> None:
-        self.stores, self._plan = list(stores), plan
+    def __init__(self, stores: Sequence[TokenStore], plan: WindowPlan, vocabulary: int | None = None) -> None:
+        self.stores, self._plan, self._vocabulary = list(stores), plan, vocabulary
         self._starts = [np.array(store.start, np.int64) for store in stores]
 
     def __len__(self) -> int:
@@ -53,7 +58,7 @@ class PackedWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
         for piece in range(plan.offsets[index], plan.offsets[index + 1]):
             source = plan.source[piece]
             start = self._starts[source]
-            tokens, counted = self.stores[source].read(int(plan.begin[piece]), int(plan.size[piece]))
+            tokens, counted = self._read(piece)
             text, end = at + len(start), at + len(start) + len(tokens)
             ids[at:text] = start
             ids[text:end] = tokens
@@ -71,6 +76,24 @@ class PackedWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
             "position_ids": torch.from_numpy(positions),
             "lengths": torch.tensor(lengths, dtype=torch.int32),
         }
+
+    def _read(self, piece: int) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
+        """As `TokenStore.read`, without what starts the piece."""
+        plan = self._plan
+        source = plan.source[piece]
+        tokens, counted = self.stores[source].read(int(plan.begin[piece]), int(plan.size[piece]))
+        largest = max(int(tokens.max(initial=0)), int(self._starts[source].max(initial=0)))
+        if self._vocabulary is not None and largest >= self._vocabulary:
+            raise HyLoError(
+                f"{plan.sources[source].source} holds token id {largest}, and the model's config.vocab_size is "
+                f"{self._vocabulary}; expected ids below that"
+            )
+        return tokens, counted
+
+    def check(self) -> None:
+        """Reads every piece. Raises HyLoError on an id beyond the vocabulary."""
+        for piece in range(len(self._plan.size)):
+            self._read(piece)
 
     @property
     def length(self) -> int:

@@ -1,6 +1,7 @@
 """Documents to token ids."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,29 +46,42 @@ class Encoder:
         tokenizer: of the base, a fast one.
         loss: on `all` tokens, or in chats on those of the `assistant` alone.
         end_of_text: put the end-of-sequence token after plain texts.
+        vocabulary: the model's `config.vocab_size`: whatever text has an id beyond it is refused. A tokenizer may have
+            such ids as long as no text uses them. None for no check.
 
     Raises:
         HyLoError: where `end_of_text` is asked for and the tokenizer has no such token.
     """
 
-    def __init__(self, tokenizer: Any, loss: Literal["all", "assistant"] = "all", end_of_text: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        loss: Literal["all", "assistant"] = "all",
+        end_of_text: bool = False,
+        vocabulary: int | None = None,
+    ) -> None:
         if end_of_text and tokenizer.eos_token_id is None:
             raise HyLoError("end_of_text: the base's tokenizer has no end-of-sequence token")
         self.tokenizer, self.loss = tokenizer, loss
         self._end = [tokenizer.eos_token_id] if end_of_text else []
         self._first = first_ids(tokenizer)
         self._chat_template: ChatTemplate | None = None
+        self.vocabulary = vocabulary
+        self.may_exceed = vocabulary is not None and self.largest_id >= vocabulary
+        """Whether the tokenizer has ids that the model has no embedding for."""
 
     def start(self, document: Document) -> list[int]:
         """What starts every piece of such a document: what the tokenizer puts before a text, such as Llama 3's
         beginning of text; of a chat, the same if its template writes it.
 
-        Raises HyLoError where the document is a chat and there is no chat template.
+        Raises HyLoError where the document is a chat and there is no chat template, or as `encode` on an id.
         """
-        if document.messages is None:
-            return self._first
-        ids = self._ids([self._template(document.name).render(document.name, document.messages)])[0]
-        return self._first if ids[: len(self._first)] == self._first else []
+        if document.messages is not None:
+            ids = self._ids([self._template(document.name).render(document.name, document.messages)])[0]
+            if ids[: len(self._first)] != self._first:
+                return []
+        self._check(self._first, document)
+        return self._first
 
     def encode(self, documents: Sequence[Document], start: Sequence[int]) -> list[Encoded | None]:
         """Tokens of each document; None where it has none, or none that the loss is to predict.
@@ -77,8 +91,23 @@ class Encoder:
             start: what `start` said of the first of them.
 
         Raises:
-            HyLoError: where the chat template does not take a chat.
+            HyLoError: where the chat template does not take a chat, or an id is beyond the vocabulary.
         """
+        results = self._encode(documents, start)
+        for document, encoded in zip(documents, results, strict=True):
+            self._check(encoded.ids if encoded is not None else [], document)
+        return results
+
+    def _check(self, ids: Sequence[int], document: Document) -> None:
+        if not self.may_exceed or self.vocabulary is None or max(ids, default=0) < self.vocabulary:
+            return
+        largest = max(ids)
+        raise HyLoError(
+            f"{document.name}: the tokenizer gives {self.tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, "
+            f"and the model's config.vocab_size is {self.vocabulary}; expected ids below that"
+        )
+
+    def _encode(self, documents: Sequence[Document], start: Sequence[int]) -> list[Encoded | None]:
         if not documents:
             return []
         if documents[0].messages is None:
@@ -101,8 +130,9 @@ class Encoder:
         if document.messages is not None:
             yield from (encoded.ids for encoded in self.encode([document], start) if encoded is not None)
             return
-        yield from (self._ids([piece])[0] for piece in text_pieces(document.text))
-        yield self._end
+        for ids in itertools.chain((self._ids([piece])[0] for piece in text_pieces(document.text)), [self._end]):
+            self._check(ids, document)
+            yield ids
 
     def _text_ids(self, texts: list[str]) -> list[list[int]]:
         """Short texts together, long ones in pieces."""

@@ -27,6 +27,8 @@ class Corpus:
         load_tokenizer: gives the base's; called when tokens are first needed, and not for `digest` or `evaluation`.
         cache: where tokens are kept; `$HYLO_CACHE` or ~/.cache/hylo by default. Runs may share it: what is there is
             named by everything that makes it.
+        load_vocabulary: gives the model's `config.vocab_size`, to check ids by; called with `load_tokenizer`. None for
+            no check.
         evaluation_tokens: how much the run evaluates on at most; of large sources no more is held out in memory than it
             takes.
     """
@@ -37,10 +39,11 @@ class Corpus:
         load_tokenizer: Callable[[], Any],
         *,
         cache: Path | None = None,
+        load_vocabulary: Callable[[], int] | None = None,
         evaluation_tokens: int = 100_000,
     ) -> None:
         self.section, self.evaluation_tokens = section, evaluation_tokens
-        self._load_tokenizer = load_tokenizer
+        self._load_tokenizer, self._load_vocabulary = load_tokenizer, load_vocabulary
         self.cache = Path(cache or default_cache())
 
     @cached_property
@@ -50,7 +53,8 @@ class Corpus:
 
     @cached_property
     def encoder(self) -> Encoder:
-        return Encoder(self._load_tokenizer(), self.section.loss, self.section.end_of_text)
+        vocabulary = self._load_vocabulary() if self._load_vocabulary is not None else None
+        return Encoder(self._load_tokenizer(), self.section.loss, self.section.end_of_text, vocabulary)
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -100,7 +104,8 @@ class Corpus:
             seed: of the order, and of which documents come together.
 
         Raises:
-            HyLoError: where a source cannot be read, no text is left to train on, or no document is long enough.
+            HyLoError: where a source cannot be read, no text is left to train on, no document is long enough, or the
+                tokenizer gives an id that the model has no embedding for.
         """
         return self._windows(tokens, length, seed, self.section.packing)
 
@@ -111,7 +116,11 @@ class Corpus:
     def _windows(self, tokens: int | None, length: int, seed: int, packing: bool) -> PackedWindows:
         parts = self._parts(tokens)
         plan = plan_windows(parts, length, tokens=tokens, seed=seed, packing=packing)
-        return PackedWindows([part.store for part in parts], plan)
+        windows = PackedWindows([part.store for part in parts], plan, self.encoder.vocabulary)
+        if self.encoder.may_exceed:
+            # Tokens in the cache may have been made for a model with more embeddings.
+            windows.check()
+        return windows
 
     def _parts(self, tokens: int | None) -> list[Part]:
         weights = [source.section.weight for source in self.sources]

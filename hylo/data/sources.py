@@ -5,18 +5,28 @@ import hashlib
 import itertools
 import json
 import sysconfig
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hylo.data.documents import Document, text_digest, unit_hash
+from hylo.data.folders import files_below, files_like, folder_of_pattern
 from hylo.data.sections import SourceSection
-from hylo.data.tables import Rows, documents_of, first_line, read_json_rows, read_parquet_rows, require_datasets, told
+from hylo.data.tables import (
+    BATCH_ROWS,
+    Rows,
+    documents_of,
+    first_line,
+    read_json_rows,
+    read_parquet_rows,
+    require_datasets,
+    told,
+)
 from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.tokens import TokenFolder
-from hylo.errors import HyLoError, HyLoWarning
+from hylo.errors import HyLoError
 from hylo.files import expand_user
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -160,29 +170,20 @@ def _no_text(name: str) -> Iterator[Document]:
 def _find_files(source: str) -> dict[str, Path]:
     """Files by the names that their documents get, from the source down: the split stays when a folder moves.
 
-    Links to folders are not followed: they may lead back, and what is reached twice would be other documents by name.
-
     Raises HyLoError where there is none, or those that there are hold something else than text or tables.
     """
     path = expand_user(source)
     if path.is_dir():
-        below = list(path.rglob("*"))
-        if linked := sorted(file for file in below if file.is_symlink() and file.is_dir()):
-            message = f"{linked[0]} is a link to a folder, and is not followed; name that folder as a source of its own"
-            warnings.warn(message, HyLoWarning, stacklevel=2)
-        files = [file for file in below if file.is_file()]
-        found = {str(Path(path.name) / file.relative_to(path)): file for file in files}
+        found = {str(Path(path.name) / file.relative_to(path)): file for file in files_below(path)}
     elif path.exists():
         if _ends(path.name, _NO_TEXT_SUFFIXES) and not _ends(path.name, (*_TABLE_SUFFIXES, *_JSON_SUFFIXES)):
             tables = ", ".join((*_TABLE_SUFFIXES, *_JSON_SUFFIXES))
             raise HyLoError(f"{path} is no plain text by its name; expected text, or a table in {tables}")
         return {path.name: path}
     elif glob.has_magic(source):
-        # The folder that everything like the pattern lies in.
-        folder = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        pattern = str(path.relative_to(folder))
+        folder = folder_of_pattern(path)
         try:
-            files = [file for file in folder.glob(pattern) if file.is_file()]
+            files = files_like(path)
         except ValueError as error:
             raise HyLoError(
                 f"{source!r} is no pattern of files: {error}; expected one such as 'text/**/*.txt'"
@@ -314,16 +315,33 @@ class _HubDataset:
         require_datasets()
         return cls(section, "/".join(parts[:2]), parts[2] if len(parts) == 3 else section.config)
 
-    def _call(self, load: Callable[..., Any], **options: Any) -> Any:
+    @contextmanager
+    def _had(self) -> Iterator[None]:
         try:
-            return load(self.name, self.config, revision=self.section.revision, **options)
+            yield
         # What networks, caches and loaders raise has no common class.
         except Exception as error:
             raise HyLoError(f"{self.section.source} could not be had from the hub: {first_line(error)}") from None
 
+    def _builder(self) -> Any:
+        builder = require_datasets().load_dataset_builder(self.name, self.config, revision=self.section.revision)
+        if builder.name == "parquet" and builder.config.batch_size is None:
+            # Not as an option, by which the dataset would be another one in the cache.
+            builder.config.batch_size = BATCH_ROWS
+        return builder
+
     def _dataset(self) -> Any:
-        load = require_datasets().load_dataset
-        return self._call(load, split=self.section.split, streaming=self.section.streaming)
+        """As `datasets.load_dataset` does. Raises HyLoError where it cannot be had, or has no rows."""
+        split = self.section.split
+        with self._had():
+            builder = self._builder()
+            if self.section.streaming:
+                return builder.as_streaming_dataset(split=split)
+            builder.download_and_prepare()
+            rows = (builder.info.splits or {}).get(split.partition("[")[0])
+            if rows is None or rows.num_examples:
+                return builder.as_dataset(split=split)
+        raise HyLoError(f"no text in {self.section.source}: {split} has no rows")
 
     def read(self) -> Iterator[Document]:
         dataset = self._dataset()
@@ -335,7 +353,8 @@ class _HubDataset:
         """Downloaded, the fingerprint of the dataset; streamed, its files with the revision that they are of."""
         if not self.section.streaming:
             return str(self._dataset()._fingerprint)
-        builder = self._call(require_datasets().load_dataset_builder)
+        with self._had():
+            builder = self._builder()
         files = (builder.config.data_files or {}).get(self.section.split.partition("[")[0])
         told_by = [self.name, self.config, self.section.split, builder.hash]
         told_by += [] if files is None else [list(files), [list(pair) for pair in files.origin_metadata]]

@@ -32,7 +32,7 @@ _ROLES = {
     "tool": "tool",
 }
 # Of a Parquet file, read at a time: by default as many as its first row group has, which may be none.
-_BATCH_ROWS = 1000
+BATCH_ROWS = 1000
 Rows = Iterator[Mapping[str, Any]]
 
 
@@ -123,7 +123,7 @@ def read_parquet_rows(file: Path, columns: Sequence[str | None]) -> Rows:
     def opened() -> Rows:
         # What is named there is a pattern.
         named = [glob.escape(str(file))]
-        rows = datasets.load_dataset("parquet", data_files=named, split="train", streaming=True, batch_size=_BATCH_ROWS)
+        rows = datasets.load_dataset("parquet", data_files=named, split="train", streaming=True, batch_size=BATCH_ROWS)
         return iter(rows.select_columns(wanted) if wanted and set(wanted) <= set(rows.column_names or ()) else rows)
 
     return told(opened, f"{file} cannot be read")

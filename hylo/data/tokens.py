@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hylo.data.encode import Encoder
+from hylo.data.folders import files_below
 from hylo.data.store import TokenStore, find_shards
 from hylo.errors import HyLoError
 from hylo.files import expand_user, read_json, write_json
@@ -36,9 +37,9 @@ class TokenFolder:
     source: str
 
     def stores(self) -> list[Path]:
-        """The folders that hold shards. Raises HyLoError where there is none."""
+        """The folders that hold shards, through links too. Raises HyLoError where there is none."""
         root = expand_user(self.source.removeprefix(PREFIX))
-        found = sorted(path.parent for path in root.rglob(_FILE))
+        found = sorted(path.parent for path in files_below(root) if path.name == _FILE)
         if not found:
             raise HyLoError(f"{root} holds no tokens; expected a folder with {_FILE} and shards, at any depth")
         return found
@@ -70,7 +71,7 @@ class TokenFolder:
         """A hash over what the stores say of themselves, and the sizes of their files."""
         digest = hashlib.sha256()
         for folder in self.stores():
-            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            for file in sorted(files_below(folder)):
                 told_by = file.read_bytes() if file.suffix == ".json" else str(file.stat().st_size).encode()
                 digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.sha256(told_by).digest())
         return digest.hexdigest()

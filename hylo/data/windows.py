@@ -59,18 +59,25 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def make_windows(
-    documents: Sequence[Document], tokenizer: Any, length: int, *, limit_tokens: int | None = None, seed: int = 0
+    documents: Sequence[Document],
+    tokenizer: Any,
+    length: int,
+    *,
+    limit_tokens: int | None = None,
+    seed: int = 0,
+    vocabulary: int | None = None,
 ) -> Windows:
     """Cuts documents to windows, in an order that `seed` fixes. Each starts as the tokenizer starts a text.
 
     At most `limit_tokens` of them, padding counted, but one window at least.
     The end of a document is kept where it fills at least half a window.
 
-    Raises HyLoError where no document is that long.
+    Raises HyLoError where no document is that long, or one has an id beyond `vocabulary`, the model's
+    `config.vocab_size`.
     """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     limit = None if limit_tokens is None else max(1, limit_tokens // length)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, vocabulary=vocabulary)
     windows: list[list[int]] = []
     used: set[int] = set()
     pieces: dict[int, Iterator[list[int]]] = {}

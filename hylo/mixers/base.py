@@ -24,8 +24,10 @@ class Geometry:
     """Base of the sizes that a mixer adds to the base model's own: a frozen dataclass, stored in config.json."""
 
     @classmethod
-    def parse(cls, mixer: str, values: dict[str, Any]) -> Self:
-        """From a JSON object. Raises HyLoError naming an unknown, missing or mistyped size."""
+    def parse(cls, mixer: str, values: Any) -> Self:
+        """From a JSON object. Raises HyLoError on anything else, or naming an unknown, missing or mistyped size."""
+        if not isinstance(values, dict):
+            raise HyLoError(f"geometry of {mixer} is {values!r}; expected an object of sizes")
         known = {field.name: field for field in fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:

@@ -55,6 +55,10 @@ class MLAGeometry(Geometry):
         if not isinstance(self.key_norm, bool):
             raise HyLoError(f"geometry of mla: key_norm is {self.key_norm!r}; expected true or false")
         if self.rope_pairs is not None:
+            if not isinstance(self.rope_pairs, list | tuple):
+                raise HyLoError(
+                    f"geometry of mla: rope_pairs is {self.rope_pairs!r}; expected a list of whole numbers, or null"
+                )
             object.__setattr__(self, "rope_pairs", tuple(self.rope_pairs))
             if not all(is_whole(pair, 0) for pair in self.rope_pairs) or len(set(self.rope_pairs)) < len(
                 self.rope_pairs

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from hylo.errors import HyLoError
-from hylo.mixers import Geometry, mixer_class
+from hylo.mixers import mixer_class
 from hylo.upcycle.published import BaseSizes, published_bases, published_for
 
 PAPER = "paper"
@@ -34,22 +34,11 @@ def geometry_for(
     geometry = {}
     for name in names:
         mixer, chosen = mixer_class(name), dict(given.get(name, {}))
-        _check_lists(name, mixer.geometry_class, chosen)
         values = mixer.default_geometry(num_heads, num_kv_heads, head_dim, chosen) | chosen
         mixer.geometry_class.parse(name, values)
         if values:
             geometry[name] = values
     return geometry
-
-
-def _check_lists(mixer: str, geometry_class: type[Geometry], given: Mapping[str, Any]) -> None:
-    """Raises HyLoError where a size that is a list is given as anything else."""
-    for size, hint in get_type_hints(geometry_class).items():
-        is_list = tuple in [get_origin(kind) for kind in (hint, *get_args(hint))]
-        if is_list and not isinstance(given.get(size), list | tuple | None):
-            raise HyLoError(
-                f"geometry of {mixer}: {size} is {given[size]!r}; expected a list of whole numbers, or null"
-            )
 
 
 def resolve_geometry(

@@ -147,7 +147,9 @@ def test_tables(run: Run) -> None:
         ("base -l 4GDN --context 8Q", "'8Q'"),
         ("base -l 4GDN --gpu-memory 80TB", "'80TB'"),
         ("base -l 4GDN --teacher 8b.json", "--recipe"),
-        ("base -l 4GDN --gpu H9000", "'H9000'"),
+        ("--recipe recipe.yaml --gpu H9000", "'H9000'"),
+        ("base -l 4GDN --gpu A100", "--gpu A100 is for the training that a --recipe tells of"),
+        ("base -l 4GDN --mfu 0.4", "--mfu 0.4 is for the training that a --recipe tells of"),
     ],
 )
 def test_bad_input_is_one_line(run: Run, line: str, named: str) -> None:

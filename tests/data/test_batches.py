@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from hylo.data.batches import PackedWindows, collate, targets
 from hylo.data.mixture import Part, plan_windows
 from hylo.data.store import MemoryStore
+from hylo.errors import HyLoError
 
 
 def packed(folder: Path, length: int = 16, tokens: int | None = None, seed: int = 0, **store: Any) -> PackedWindows:
@@ -24,6 +25,21 @@ def packed(folder: Path, length: int = 16, tokens: int | None = None, seed: int 
     lengths = [1 + (7 * i) % 40 for i in range(40)]
     stores = [write_store(folder / "store", lengths, **store)]
     return PackedWindows(stores, plan_windows([Part("numbers", stores[0])], length, tokens=tokens, seed=seed))
+
+
+def test_an_item_with_an_id_beyond_the_model_is_refused(tmp_path: Path) -> None:
+    for start, vocabulary, refused in (([], 22, 0), ([], 21, 1), ([], 12, 1), ([], 11, 2), ([30], 22, 2)):
+        store = write_store(tmp_path / f"{start}{vocabulary}", [10, 10], start=start)
+        plan = plan_windows([Part("numbers", store)], 10 + len(start), tokens=None, seed=0)
+        windows = PackedWindows([store], plan, vocabulary)
+        told = []
+        for i in range(2):
+            try:
+                windows[i]
+            except HyLoError as error:
+                told.append(str(error))
+        assert len(told) == refused
+        assert all("numbers holds token id " in line and f"config.vocab_size is {vocabulary}" in line for line in told)
 
 
 def document_of(token: int) -> int:

@@ -46,6 +46,33 @@ def test_a_long_text_is_tokenised_in_pieces(tokenizer: Any, monkeypatch: pytest.
     assert [tokenizer.decode(ids) for ids in encoded] == texts
 
 
+def test_an_id_beyond_the_model_is_refused_where_a_text_has_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer.add_tokens(["<new>"])
+    used = Document("used", f"{sentences(2)} <new>")
+    refused = r"used: the tokenizer gives '<new>' the id 300, and the model's config\.vocab_size is 300"
+    encoder = Encoder(tokenizer, vocabulary=300)
+    assert encoder.encode([TEXT], []) == Encoder(tokenizer).encode([TEXT], [])
+    assert Encoder(tokenizer, vocabulary=301).encode([used], []) == Encoder(tokenizer).encode([used], [])
+    for length in (100, 2**20):
+        monkeypatch.setattr(encode, "PIECE_CHARACTERS", length)
+        with pytest.raises(HyLoError, match=refused):
+            encoder.encode([TEXT, used], [])
+        with pytest.raises(HyLoError, match=refused):
+            list(encoder.pieces(used, []))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = [{"role": "user", "content": "bado"}, {"role": "assistant", "content": "gelu<new>"}]
+    for loss in ("all", "assistant"):
+        with pytest.raises(HyLoError, match=refused):
+            Encoder(tokenizer, loss, vocabulary=300).encode([Document("used", "", chat)], [])
+    # What stands before and after every text is as much of it.
+    tokenizer.eos_token = "<new>"
+    with pytest.raises(HyLoError, match="a: the tokenizer gives '<new>' the id 300"):
+        Encoder(tokenizer, end_of_text=True, vocabulary=300).encode([TEXT], [])
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<new> $A", special_tokens=[("<new>", 300)])
+    with pytest.raises(HyLoError, match="a: the tokenizer gives '<new>' the id 300"):
+        Encoder(tokenizer, vocabulary=300).start(TEXT)
+
+
 def test_what_starts_a_text_is_no_token_of_it(tokenizer: Any) -> None:
     bare = Encoder(tokenizer).encode([TEXT], [])[0].ids
     encoder = Encoder(with_first(tokenizer))

@@ -12,10 +12,13 @@ from data_examples import chats, rows
 from tiny import sentences
 
 from hylo.data.batches import collate, targets
+from hylo.data.documents import Document
+from hylo.data.encode import Encoder
 from hylo.data.prepare import Corpus
 from hylo.data.sections import DataSection
 from hylo.data.sources import read_documents
 from hylo.data.store import StoreWriter, default_cache
+from hylo.data.tokens import describe
 from hylo.errors import HyLoError
 
 WriteJsonLines = Callable[..., Path]
@@ -190,6 +193,36 @@ def test_without_packing_and_for_calibration(text_folder: Path, tokenizer: Any, 
     assert windows.windows == [single.pieces(i)[0] for i in range(20)]
     assert windows[0]["attention_mask"].sum() == len(windows.windows[0])
     assert windows.documents == single.documents > 5
+
+
+@pytest.mark.parametrize("kind", ["text", "cache", "tokens"])
+def test_ids_beyond_the_model(tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    """Refused before the first window, wherever the tokens come from; a token that no text uses is none of them."""
+    tokenizer.add_tokens(["<new>"])
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    documents = [Document(f"{i}.txt", f"{'<new> ' if i % 2 else ''}{sentences(i)}") for i in range(6)]
+    for document in documents:
+        (texts / document.name).write_text(document.text)
+    held_out = {"eval": [str(texts / "0.txt")]}
+    source = str(texts)
+    if kind == "tokens":
+        source = f"tokens:{tmp_path / 'store'}"
+        encoder = Encoder(tokenizer)
+        StoreWriter(tmp_path / "store", "store", lambda: documents, lambda document: document, encoder).open()
+        describe(tmp_path / "store", encoder)
+    if kind == "cache":
+        corpus(tokenizer, tmp_path / "cache", source, **held_out).prepare(tokens=None, length=64, seed=0)
+
+    def prepare(train: str, vocabulary: int) -> Any:
+        section = DataSection.model_validate({"train": [train]} | held_out)
+        data = Corpus(section, lambda: tokenizer, cache=tmp_path / "cache", load_vocabulary=lambda: vocabulary)
+        return data.prepare(tokens=None, length=64, seed=0)
+
+    assert len(prepare(source, 301)) > 5
+    assert prepare(str(texts / "2.txt"), 300).tokens > 64
+    with pytest.raises(HyLoError, match=r"id 300\b.*config\.vocab_size is 300; expected ids below that"):
+        prepare(source, 300)
 
 
 @pytest.mark.parametrize("section", [{}, {"loss": "assistant"}])

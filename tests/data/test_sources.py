@@ -11,9 +11,10 @@ from data_examples import rows
 from tiny import sentences
 
 from hylo.data import sources
+from hylo.data.folders import files_like
 from hylo.data.sections import SourceSection
 from hylo.data.sources import open_source, read_documents
-from hylo.errors import HyLoError, HyLoWarning
+from hylo.errors import HyLoError
 
 WriteJsonLines = Callable[..., Path]
 
@@ -99,15 +100,45 @@ def test_a_file_named_by_itself_is_text(tmp_path: Path, name: str) -> None:
     assert names(str(tmp_path / name)) == [name]
 
 
-def test_links_to_folders_are_told_of_and_not_followed(text_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
+def test_links_to_folders_are_followed(text_folder: Path, tmp_path: Path) -> None:
+    """Each folder once, by its own name where it has one; links that lead back end."""
+    (tmp_path / "set" / "real").mkdir(parents=True)
+    (tmp_path / "aside.txt").write_text("not of the set")
     (tmp_path / "set" / "a.txt").symlink_to(text_folder / "text00.txt")
+    (tmp_path / "set" / "real" / "b.txt").write_text("words")
+    (tmp_path / "set" / "alias").symlink_to(tmp_path / "set" / "real")
     (tmp_path / "set" / "back").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "real" / "up").symlink_to(tmp_path)
+    (tmp_path / "set" / "broken").symlink_to(tmp_path / "nowhere")
     (tmp_path / "set" / "more").symlink_to(text_folder)
-    with pytest.warns(HyLoWarning, match="set/back is a link to a folder, and is not followed"):
-        assert names(str(tmp_path / "set")) == ["set/a.txt"]
-    # What is named is followed.
+    (tmp_path / "set" / "again").symlink_to(text_folder)
+    expected = {"set/a.txt", "set/real/b.txt", *(f"set/again/text{i:02}.txt" for i in range(12))}
+    assert sorted(names(str(tmp_path / "set"))) == sorted(expected)
+    assert sorted(names(str(tmp_path / "set" / "**" / "*.txt"))) == sorted(expected)
+    assert names(str(tmp_path / "set" / "**" / "again" / "text0[1]*")) == ["set/again/text01.txt"]
+    # What is named is followed, however it is reached beside.
+    assert len(names(str(tmp_path / "set" / "mor?" / "**" / "*.txt"))) == 12
     assert len(names(str(tmp_path / "set" / "more"))) == 12
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("**/*.txt", ["a.txt", "b/a.txt", "b/c/a.txt", "d/c/.h.txt"]),
+        ("b/**/*.txt", ["b/a.txt", "b/c/a.txt"]),
+        ("**/c/*.txt", ["b/c/a.txt", "d/c/.h.txt"]),
+        ("*/**/a.txt", ["b/a.txt", "b/c/a.txt"]),
+        ("**/b/**/a.txt", ["b/a.txt", "b/c/a.txt"]),
+        ("*/c/?.txt", ["b/c/a.txt"]),
+    ],
+)
+def test_patterns(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+    folder = tmp_path / "set"
+    for name in ("a.txt", "b/a.txt", "b/c/a.txt", "d/c/.h.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("words")
+    assert sorted(files_like(folder / pattern)) == sorted(folder / name for name in expected)
+    assert sorted(file for file in folder.glob(pattern) if file.is_file()) == sorted(files_like(folder / pattern))
 
 
 def test_the_standard_library_is_without_the_topics() -> None:

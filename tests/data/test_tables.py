@@ -218,6 +218,21 @@ def test_a_dataset_by_name(hub_dataset: str, streaming: bool) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_by_name_with_a_shard_without_rows(hub_dataset: str, streaming: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "owner" / "name"
+    table = parquet.read_table(folder / "train.parquet")
+    (folder / "train.parquet").unlink()
+    for number, shard in enumerate((table.slice(0, 0), table.slice(0, 2), table.slice(0, 0), table.slice(2))):
+        parquet.write_table(shard, folder / f"train-{number:05}-of-00004.parquet")
+    parquet.write_table(table.slice(0, 0), folder / "validation.parquet")
+    source = SourceSection(source=hub_dataset, streaming=streaming)
+    assert [document.text for document in read_documents([source])] == [row["text"] for row in rows(5)]
+    with pytest.raises(HyLoError, match="no text in hf:owner/name") as error:
+        read_documents([SourceSection(source=hub_dataset, streaming=streaming, split="validation")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_changed_dataset_has_another_fingerprint(hub_dataset: str, streaming: bool, tmp_path: Path) -> None:
     source = SourceSection(source=hub_dataset, streaming=streaming)
     before = open_source(source).fingerprint()

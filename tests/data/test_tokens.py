@@ -52,3 +52,15 @@ def test_stores_whose_documents_start_differently_are_refused(
     with pytest.raises(HyLoError, match=r"\[\] in .*chats and with \[0\] in .*texts; name these as two sources"):
         TokenFolder(f"tokens:{tmp_path}").open(encoder)
     assert TokenFolder(f"tokens:{tmp_path / 'chats'}").open(encoder).start == []
+
+
+def test_linked_folders_are_read_once(write: Callable[..., None], tmp_path: Path, encoder: Encoder) -> None:
+    write("elsewhere/a", TEXT)
+    write("tokens/b", Document("other", sentences(2)))
+    for name, target in (("linked", "elsewhere"), ("again", "elsewhere/a"), ("back", "tokens"), ("same", "tokens/b")):
+        (tmp_path / "tokens" / name).symlink_to(tmp_path / target)
+    tokens = TokenFolder(f"tokens:{tmp_path / 'tokens'}")
+    assert tokens.open(encoder).documents == 2
+    before = tokens.digest()
+    (tmp_path / "elsewhere" / "a" / "00000" / "more").write_text("words")
+    assert tokens.digest() != before

@@ -79,6 +79,15 @@ def test_text_too_short_for_a_window() -> None:
         make_windows([Document("short", "a few words")], make_tokenizer(), 1000)
 
 
+def test_ids_beyond_the_model_are_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    documents = [Document("a", sentences(1)), Document("b", f"<new> {sentences(2)}")]
+    assert make_windows(documents[:1], tokenizer, 16, vocabulary=300).windows
+    with pytest.raises(HyLoError, match=r"b: the tokenizer gives '<new>' the id 300, .*config\.vocab_size is 300"):
+        make_windows(documents, tokenizer, 16, vocabulary=300)
+
+
 def test_labels_and_masks() -> None:
     windows = Windows([[5, 6, 7, 8], [9, 10]], 4)
     assert len(windows) == 2
