@@ -53,6 +53,8 @@ LENGTHS, NEW_TOKENS, STEP_TOKENS = [1, 5, 64, 700, 3000, 5000], 16, 2048
 # Prompts of one token on their own, in slots that others have left: to vLLM a step of decoding from the first.
 LONELY = [1, 1, 1]
 CACHE_BYTES = 2**30
+# Of a long prompt, that the model itself reads at a time.
+PIECE_TOKENS = 512
 # Ranks talk by plain NCCL: what vLLM would choose in its place wants multicast, or memory that processes share, and not
 # every host lends either. Their processes are new ones: the GPU was asked for before vLLM is imported.
 PLAIN_NCCL = {
@@ -197,6 +199,14 @@ def refusal(folder: str, gpus: int, sizes: list[int]) -> dict[str, str]:
     return {"failed": f"{gpus} GPUs are not refused; the heads divide over {sizes}"}
 
 
+def last_logits(model: HyLoForCausalLM, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """`[count, V]` of the last tokens of `[1, T]`, read in pieces: whole, the scores of 100K tokens fill any GPU."""
+    past = None
+    for piece in ids[:, :-count].split(PIECE_TOKENS, dim=1) if ids.shape[1] > count else ():
+        past = model(piece, past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
+    return model(ids[:, -count:], past_key_values=past, use_cache=True).logits[0]
+
+
 @torch.no_grad()
 def differences(folder: str, answers: list[list[tuple[int, float]]], lengths: list[int]) -> dict[str, float]:
     """Largest differences of log-probabilities: vLLM from the model, and both from the model in float32."""
@@ -209,7 +219,7 @@ def differences(folder: str, answers: list[list[tuple[int, float]]], lengths: li
             tokens = [token for token, _ in answered]
             given = torch.tensor([logprob for _, logprob in answered], device=DEVICE)
             whole = torch.tensor([ids + tokens], device=DEVICE)
-            rows = [m(whole, logits_to_keep=len(tokens) + 1).logits[0, :-1].float().log_softmax(-1) for m in models]
+            rows = [last_logits(m, whole, len(tokens) + 1)[:-1].float().log_softmax(-1) for m in models]
             own, exact = (row.gather(-1, torch.tensor(tokens, device=DEVICE)[:, None])[:, 0] for row in rows)
             found = {
                 "from the model": given - own,

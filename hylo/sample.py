@@ -27,6 +27,7 @@ from hylo.upcycle.bases import load_config, load_model, load_tokenizer, opened_f
 _FILE = "sample.json"
 # Samples at a time: a step of decoding costs a GPU much the same for one and for hundreds.
 _BATCH = {"hf": {"cuda": 256, "cpu": 16}, "vllm": {"cuda": 1024, "cpu": 64}}
+_CPU_CACHE_BYTES = 2**31
 # What a cut in the middle of a character decodes to.
 _BROKEN = "�"
 
@@ -178,13 +179,17 @@ def _with_transformers(folder: Path, sampling: Sampling, first_seed: int, shown:
 @contextmanager
 def _with_vllm(folder: Path, sampling: Sampling, first_seed: int, shown: Bar) -> Iterator[Write]:
     """The engine has one seed, its first batch's: one for each request costs more than the model does."""
-    from hylo.evaluate.backends import check_vllm
+    from hylo.evaluate.backends import CPU_MEMORY_SHARE, check_vllm
     from hylo.serve.installed import name_vllm
 
     check_vllm()
     name_vllm()
     from vllm import LLM
 
+    # vLLM takes nearly all of a GPU; of a CPU's memory others need some. What finds no room waits.
+    memory: dict[str, Any] = {"gpu_memory_utilization": CPU_MEMORY_SHARE, "kv_cache_memory_bytes": _CPU_CACHE_BYTES}
+    if torch.cuda.is_available():
+        memory = {}
     llm = LLM(
         str(folder),
         dtype=str(resolve_precision("auto")).removeprefix("torch."),
@@ -192,6 +197,7 @@ def _with_vllm(folder: Path, sampling: Sampling, first_seed: int, shown: Bar) ->
         max_num_seqs=sampling.batch_size,
         generation_config="vllm",
         seed=first_seed,
+        **memory,
     )
 
     def write(start: list[int], seed: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from hylo.data.windows import make_windows
 from hylo.errors import HyLoError
 from hylo.precision import Precision, autocast, default_device, resolve_precision
 from hylo.progress import bar
-from hylo.upcycle.bases import check_same_vocabulary, load_model, load_tokenizer, opened_folder
+from hylo.upcycle.bases import check_same_vocabulary, load_config, load_model, load_tokenizer, opened_folder
 
 _CHUNK_TOKENS = 512
 
@@ -164,7 +164,8 @@ def score_checkpoint(
         tokenizer = load_tokenizer(folder)
         if teacher_folder is not None:
             check_same_vocabulary(tokenizer, load_tokenizer(teacher_folder))
-        batches = make_windows(documents, tokenizer, length, limit_tokens=tokens).batches(2)
+        words = load_config(folder).vocab_size
+        batches = make_windows(documents, tokenizer, length, limit_tokens=tokens, vocabulary=words).batches(2)
         with autocast(device, dtype):
             reference = None
             if teacher_folder is not None:

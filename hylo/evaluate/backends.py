@@ -16,7 +16,7 @@ from hylo.errors import HyLoError
 from hylo.evaluate.engine import Engine, Row, Scored, context_limit
 from hylo.evaluate.quiet import quiet
 
-_CPU_MEMORY_SHARE = 0.3
+CPU_MEMORY_SHARE = 0.3
 _LITTLE = 0.05
 
 
@@ -117,7 +117,7 @@ def vllm_backend(
     from lm_eval.models.vllm_causallms import VLLM
 
     # Of a GPU vLLM takes nearly all; of a CPU's memory it would too, and there others need some.
-    memory: dict[str, Any] = {} if torch.cuda.is_available() else {"gpu_memory_utilization": _CPU_MEMORY_SHARE}
+    memory: dict[str, Any] = {} if torch.cuda.is_available() else {"gpu_memory_utilization": CPU_MEMORY_SHARE}
     if cache_bytes is not None:
         # A cache that is said is not measured, which what runs beside would disturb; the share is only looked for free.
         memory = {"kv_cache_memory_bytes": cache_bytes, "gpu_memory_utilization": _LITTLE}

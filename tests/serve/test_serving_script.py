@@ -1,5 +1,6 @@
 """`benchmarks/serving.py`, as far as it goes without a GPU: what several GPUs refuse, and results that are joined."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny import HYBRIDS, random_hybrid, random_ids
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'hylo[serve]'")
 
@@ -38,3 +41,16 @@ def test_roles_measured_at_once_are_joined(tmp_path: Path) -> None:
     both = json.loads((tmp_path / "both.json").read_text())
     assert [row["value"] for row in both["bars"]] == [41.0, 6.0] and all(row["holds"] for row in both["bars"])
     assert both["commands"] == ["bars of the model", "bars of the base"]
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 97])
+def test_long_prompts_are_read_in_pieces(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM is compared with is the model's own, of prompts shorter than a piece and longer."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    serving = importlib.import_module("serving")
+    monkeypatch.setattr(serving, "PIECE_TOKENS", 16)
+    model = random_hybrid(**HYBRIDS["mix_of_all"]).eval()
+    ids = random_ids(1, tokens)
+    with torch.no_grad():
+        whole, pieces = model(ids).logits[0, -3:], serving.last_logits(model, ids, 3)
+    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
