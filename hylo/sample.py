@@ -103,10 +103,9 @@ def _claim(output: Path, told: dict[str, Any]) -> None:
     """Makes the folder, or sees that it holds samples made alike."""
     file = output / _FILE
     if file.is_file():
-        if read_json(file) != told:
-            raise HyLoError(
-                f"{output} holds samples that were drawn otherwise; expected the same settings, or --output"
-            )
+        held = read_json(file)
+        if differing := [key for key in told if not isinstance(held, dict) or held.get(key) != told[key]]:
+            raise HyLoError(f"{output} holds samples drawn with other {', '.join(differing)}; choose another --output")
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise HyLoError(f"{output} is there and holds no samples; expected a new folder")

@@ -59,7 +59,7 @@ def test_a_run_that_was_stopped_goes_on(base_folder: Path, tmp_path: Path) -> No
     # More of them: what is there is kept.
     write_samples(str(base_folder), output, 145, SAMPLING)
     assert len(texts(output)) == 4 and texts(output)["00002.jsonl"] == whole["00002.jsonl"]
-    with pytest.raises(HyLoError, match="drawn otherwise"):
+    with pytest.raises(HyLoError, match="drawn with other temperature; choose"):
         write_samples(str(base_folder), output, 97, dataclasses.replace(SAMPLING, temperature=0.9))
 
 
