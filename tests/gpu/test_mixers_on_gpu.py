@@ -75,7 +75,7 @@ def test_gradients(mixer: str, length: int) -> None:
         return {name: p.grad.double().cpu().clone() for name, p in layer.mixer.named_parameters() if p.grad is not None}
 
     # Mamba-2's norm multiplies the roundings of heads that are nearly 0: in one text of ten an error is ten times that
-    # of most, whoever computes it, and the median of few texts is a matter of luck.
+    # of most, in plain torch too, and the median of few texts is a matter of luck.
     texts = [(torch.randn(2, 1, length, SIZES["hidden_size"]).double()) for _ in range(25)]
     layer.double()
     expected = [gradients(hidden, upstream) for hidden, upstream in texts]
