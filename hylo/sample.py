@@ -72,12 +72,17 @@ def write_samples(base: str, output: Path, tokens: int, sampling: Sampling) -> i
         HyLoError: where `length` is more than the model was made for or no more than a start, a start has no tokens,
             there is nothing to start with, vLLM is asked for and missing, or `output` holds something else.
     """
+    if sampling.backend == "vllm":
+        from hylo.evaluate.backends import check_vllm
+
+        check_vllm()
     with opened_folder(base) as folder:
-        context = int(load_config(folder).max_position_embeddings)
+        config = load_config(folder)
+        context = int(config.max_position_embeddings)
         if sampling.length > context:
             raise HyLoError(f"--length {sampling.length:,}: {base} was made for {context:,} tokens")
         tokenizer = load_tokenizer(folder)
-        starts = _start_ids(tokenizer, sampling)
+        starts = _start_ids(tokenizer, sampling, config.vocab_size)
         told = {"weights": weights_digest(folder), **asdict(sampling), "starts": list(sampling.starts)}
         _claim(output, told)
         count = -(-tokens // (sampling.batch_size * sampling.length))
@@ -113,7 +118,7 @@ def _claim(output: Path, told: dict[str, Any]) -> None:
     write_json(file, told)
 
 
-def _start_ids(tokenizer: Any, sampling: Sampling) -> list[list[int]]:
+def _start_ids(tokenizer: Any, sampling: Sampling, vocabulary: int) -> list[list[int]]:
     if not sampling.starts:
         marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         own = first_ids(tokenizer) or [mark for mark in marks if mark is not None][:1]
@@ -125,6 +130,8 @@ def _start_ids(tokenizer: Any, sampling: Sampling) -> list[list[int]]:
     for ids, text in zip(starts, sampling.starts or ("",), strict=True):
         if not ids:
             raise HyLoError(f"--start {text!r}: no token")
+        if max(ids) >= vocabulary:
+            raise HyLoError(f"--start {text!r}: id {max(ids)}, and the model's config.vocab_size is {vocabulary}")
         if len(ids) >= sampling.length:
             raise HyLoError(f"--length {sampling.length}: no more than the {len(ids)} tokens that samples start with")
     return starts
@@ -178,10 +185,9 @@ def _with_transformers(folder: Path, sampling: Sampling, first_seed: int, shown:
 @contextmanager
 def _with_vllm(folder: Path, sampling: Sampling, first_seed: int, shown: Bar) -> Iterator[Write]:
     """The engine has one seed, its first batch's: one for each request costs more than the model does."""
-    from hylo.evaluate.backends import CPU_MEMORY_SHARE, check_vllm
+    from hylo.evaluate.backends import CPU_MEMORY_SHARE
     from hylo.serve.installed import name_vllm
 
-    check_vllm()
     name_vllm()
     from vllm import LLM
 
@@ -189,15 +195,18 @@ def _with_vllm(folder: Path, sampling: Sampling, first_seed: int, shown: Bar) ->
     memory: dict[str, Any] = {"gpu_memory_utilization": CPU_MEMORY_SHARE, "kv_cache_memory_bytes": _CPU_CACHE_BYTES}
     if torch.cuda.is_available():
         memory = {}
-    llm = LLM(
-        str(folder),
-        dtype=str(resolve_precision("auto")).removeprefix("torch."),
-        max_model_len=sampling.length,
-        max_num_seqs=sampling.batch_size,
-        generation_config="vllm",
-        seed=first_seed,
-        **memory,
-    )
+    try:
+        llm = LLM(
+            str(folder),
+            dtype=str(resolve_precision("auto")).removeprefix("torch."),
+            max_model_len=sampling.length,
+            max_num_seqs=sampling.batch_size,
+            generation_config="vllm",
+            seed=first_seed,
+            **memory,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise HyLoError(f"vLLM does not take {folder}: {' '.join(str(error).split())[:200]}") from None
 
     def write(start: list[int], seed: int) -> list[list[int]]:
         rows = continuations(llm, start, sampling)

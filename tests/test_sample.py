@@ -1,12 +1,13 @@
 """Samples are drawn from the model's own distribution, and a run that was stopped goes on."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import VOCABULARY, make_tokenizer
+from tiny import VOCABULARY, make_tokenizer, write_base
 from typer.testing import CliRunner
 
 from hylo.cli import app
@@ -108,3 +109,17 @@ def test_a_folder_of_something_else_is_left_alone(base_folder: Path, tmp_path: P
     with pytest.raises(HyLoError, match="holds no samples"):
         write_samples(str(base_folder), tmp_path, 10, SAMPLING)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_is_missing_is_told_before_anything_is_written(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
+    with pytest.raises(HyLoError, match="needs vllm"):
+        write_samples(str(base_folder), tmp_path / "new", 10, dataclasses.replace(SAMPLING, backend="vllm"))
+    monkeypatch.undo()
+    small = write_base(tmp_path / "small", vocab_size=200)
+    with pytest.raises(HyLoError, match=r"vocab_size is 200"):
+        write_samples(str(small), tmp_path / "new", 10, dataclasses.replace(SAMPLING, starts=("The sentences of",)))
+    assert not (tmp_path / "new").exists()
