@@ -1,4 +1,4 @@
-"""Stages of a few steps on a tiny student, stopped and gone on with."""
+"""Stages of a few steps on a tiny student, stopped and gone on with; and a whole recipe of such stages."""
 
 import signal
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hylo.distill.checkpoints import Checkpoint, Checkpoints
 from hylo.distill.progress import StageMonitor
-from hylo.distill.recipe import CheckpointsSection, StageSection
+from hylo.distill.recipe import CheckpointsSection, Recipe, StageSection, parse_recipe
 from hylo.distill.trainer import Carrying, train_stage
 from hylo.upcycle.bases import load_model
 
@@ -114,3 +114,23 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     different = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
     assert not different
+
+
+def make_recipe(base: Path, texts: Path, **stage2: Any) -> Recipe:
+    """Calibration and both stages, of a tiny base; `stage2` changes the second."""
+    stage = {"length": 32, "tokens": 32 * 2 * 4, "batch_size": 2, "learning_rate": 1e-3}
+    return parse_recipe(
+        {
+            "base": str(base),
+            "layout": "GDN:0,2 MLA:1 ATT",
+            "geometry": {"mla": {"kv_lora_rank": 10}},
+            "data": {"train": [str(texts)], "holdout": 0.2},
+            "calibration": {"tokens": 1024, "length": 32},
+            "stages": [
+                stage | {"name": "stage1", "objective": "layerwise"},
+                stage | {"name": "stage2", "objective": "kl", "train": "all"} | stage2,
+            ],
+            "evaluation": {"tokens": 256, "length": 32, "prompt": "bado mila", "new_tokens": 5},
+            "precision": "float32",
+        }
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stages import KilledError, at_step
+from stages import KilledError, at_step, make_recipe
 from tiny import sentences, write_base, write_texts
 
 from hylo import HyLoForCausalLM, pipeline
@@ -28,25 +28,6 @@ from hylo.pipeline import UpcycleRun
 from hylo.upcycle.bases import load_model, load_tokenizer, weights_digest
 
 STEPS = ["convert", "calibrate", "stage1", "stage2", "model", "evaluate", "report"]
-
-
-def make_recipe(base: Path, texts: Path, **stage2: Any) -> Recipe:
-    stage = {"length": 32, "tokens": 32 * 2 * 4, "batch_size": 2, "learning_rate": 1e-3}
-    return parse_recipe(
-        {
-            "base": str(base),
-            "layout": "GDN:0,2 MLA:1 ATT",
-            "geometry": {"mla": {"kv_lora_rank": 10}},
-            "data": {"train": [str(texts)], "holdout": 0.2},
-            "calibration": {"tokens": 1024, "length": 32},
-            "stages": [
-                stage | {"name": "stage1", "objective": "layerwise"},
-                stage | {"name": "stage2", "objective": "kl", "train": "all"} | stage2,
-            ],
-            "evaluation": {"tokens": 256, "length": 32, "prompt": "bado mila", "new_tokens": 5},
-            "precision": "float32",
-        }
-    )
 
 
 @pytest.fixture(scope="module")
@@ -311,57 +292,6 @@ def test_text_that_is_long_enough_later_on_is_enough(base_folder: Path, tmp_path
     with pytest.raises(HyLoError, match="no document is long enough"):
         run.corpus.prepare(tokens=512, length=512, seed=0)
     run.check()
-
-
-@pytest.mark.parametrize("pattern", ["", "**/*.txt"])
-def test_an_output_that_would_be_read_as_text(base_folder: Path, tmp_path: Path, pattern: str) -> None:
-    write_texts(tmp_path, 3)
-    (tmp_path / "below").mkdir()
-    recipe = make_recipe(base_folder, tmp_path / pattern)
-    with pytest.raises(HyLoError, match=r"below/run is inside .*, all of which is read as text; choose another"):
-        UpcycleRun(recipe, tmp_path / "below" / "run").run()
-    assert not (tmp_path / "below" / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("pattern", "refused"),
-    [
-        ("runs/*/*/*.txt", True),
-        ("runs/*/stage1/*.txt", True),
-        ("runs/mine/model/[mv]*.txt", True),
-        ("*/*/.stage?.checkpoints/*.txt", True),
-        ("runs/*/*", True),
-        ("runs/*/*.txt", False),
-        ("runs/*/texts/*.txt", False),
-        ("runs/other*/*/*.txt", False),
-        ("*/*.txt", False),
-    ],
-)
-def test_an_output_that_a_pattern_would_read(base_folder: Path, tmp_path: Path, pattern: str, refused: bool) -> None:
-    """What the run writes would be other text to the command that goes on with it."""
-    recipe = make_recipe(base_folder, tmp_path / pattern)
-    for name in ("", "runs", "runs/other", "runs/other/texts", "runs/other/stage1", "runs/other/.stage1.checkpoints"):
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        write_texts(tmp_path / name, 3)
-    (tmp_path / "runs" / "mine" / "model").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "run.json").write_text("{}")
-    for name in ("merges.txt", "vocab.txt"):
-        (tmp_path / "runs" / "mine" / "model" / name).write_text(sentences(5))
-    run = UpcycleRun(recipe, tmp_path / "runs" / "mine")
-    if refused:
-        with pytest.raises(HyLoError, match=r"would read as text what the run writes to .*mine; choose another output"):
-            run._check_output()
-    else:
-        run._check_output()
-
-
-def test_an_output_that_a_link_leads_to(base_folder: Path, tmp_path: Path) -> None:
-    for name in ("texts", "runs"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "runs")
-    recipe = make_recipe(base_folder, write_texts(tmp_path / "texts", 3))
-    with pytest.raises(HyLoError, match=r"runs/run is inside .*/runs, all of which is read as text"):
-        UpcycleRun(recipe, tmp_path / "runs" / "run").run()
 
 
 def test_a_teacher_of_an_unknown_family(recipe: Recipe, base_folder: Path, tmp_path: Path) -> None:
