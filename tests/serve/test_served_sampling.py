@@ -1,5 +1,6 @@
 """`hylo sample --backend vllm`: the engine draws what it is asked for."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,9 @@ def test_an_engine_writes_samples(tmp_path: Path) -> None:
     base_folder = write_base(tmp_path / "base", head_dim=32)
     asked = Sampling(length=40, starts=("<s>so", "</s>"), temperature=1.0, seed=1, batch_size=8, backend="vllm")
     assert write_samples(str(base_folder), tmp_path / "samples", 600, asked) == 640
+    # A cache makes no other samples: these are there.
+    small = dataclasses.replace(asked, cache_bytes=2**28)
+    assert write_samples(str(base_folder), tmp_path / "samples", 600, small) == 640
     tokenizer = load_tokenizer(base_folder)
     for number, start in enumerate(asked.starts):
         rows = [json.loads(line)["text"] for line in (tmp_path / "samples" / f"{number:05d}.jsonl").open()]
