@@ -62,7 +62,7 @@ def read_table(path: Path, tokens: int, changes: Sequence[str]) -> tuple[dict[st
     if lacking := [key for key in ("control", "reference", "variants") if key not in table]:
         raise HyLoError(f"{path} lacks {lacking[0]}; expected a table such as {TABLE}")
     for name, says in table["variants"].items():
-        file = RECIPES / f"{says.get('recipe', 'hybrid')}.yaml"
+        file = RECIPES / f"{says.get('recipe', table.get('recipe', 'hybrid'))}.yaml"
         values = changed(read_yaml(file), [*table.get("common", []), *changes, *says.get("set", [])])
         share = says.get("stage1", table.get("stage1"))
         values = shared_out(values, round(tokens * says.get("scale", 1)), share)

@@ -336,11 +336,15 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def plot(training: Mapping[str, Any], scores: Mapping[str, Any], path: Path) -> None:
-    """Losses by stage; perplexity by position; RULER by length."""
+    """KL and, where there are any, layerwise losses by stage; perplexity by position; RULER by length; common sense."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8.4), layout="constrained")
-    layerwise, kl, positions, ruler = figure.subplots(2, 2).flat
+    stages = [stage for run in training.values() for stage in run["stages"].values()]
+    columns = 3 if any(stage["objective"] == "layerwise" for stage in stages) else 2
+    figure = Figure(figsize=(6.5 * columns, 8.4), layout="constrained")
+    kl, positions, ruler, tasks, layerwise, rest = [*figure.subplots(2, columns).flat, None, None][:6]
+    if rest is not None:
+        rest.set_visible(False)
     colours = dict(zip(["base", *training], ["#888888", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77"], strict=False))
     for name, run in training.items():
         seen: dict[str, int] = {}
@@ -359,7 +363,8 @@ def plot(training: Mapping[str, Any], scores: Mapping[str, Any], path: Path) -> 
             total += stage["tokens"]
             if axes is kl:
                 axes.axvline(total / 1e6, color=colours[name], alpha=0.2)
-    layerwise.set(title="layerwise", xlabel="million tokens seen", ylabel="loss, summed over layers")
+    if layerwise is not None:
+        layerwise.set(title="layerwise", xlabel="million tokens seen", ylabel="loss, summed over layers")
     kl.set(title="end to end, stage by stage", xlabel="million tokens seen", ylabel="KL, nats a token", yscale="log")
     for name, own in scores.items():
         for text, one in own["positions"].items():
@@ -374,7 +379,14 @@ def plot(training: Mapping[str, Any], scores: Mapping[str, Any], path: Path) -> 
     lengths = sorted({int(length) for own in scores.values() for length in own["ruler"]})
     ruler.set_xscale("log", base=2)
     ruler.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
-    for axes in (layerwise, kl, positions, ruler):
+    told = {name: own["commonsense"]["tasks"] for name, own in scores.items() if "commonsense" in own}
+    for i, (name, own) in enumerate(told.items()):
+        places = [place + (i - (len(told) - 1) / 2) * 0.8 / len(told) for place in range(len(own))]
+        heights = [100 * task["value"] for task in own.values()]
+        tasks.bar(places, heights, 0.8 / len(told), color=colours.get(name), label=name)
+        tasks.set_xticks(range(len(own)), [task.replace("_", "\n") for task in own], fontsize=8)
+    tasks.set(title="common sense", ylabel="score")
+    for axes in filter(None, (layerwise, kl, positions, ruler, tasks)):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)

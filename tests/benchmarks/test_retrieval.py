@@ -1,7 +1,7 @@
 """What `benchmarks/retrieval.py` cuts, and which tokens it counts."""
 
 import torch
-from retrieval import Windowed, exercises, loss, seen
+from retrieval import Windowed, exercises, kept_alone, loss, seen
 from tiny import make_tokenizer
 from transformers import LlamaForCausalLM
 
@@ -29,16 +29,19 @@ def test_answers_are_what_is_counted() -> None:
         assert told and all(f"Answer:{answer}" in text for answer in told)
 
 
-def test_one_layer_at_a_time_is_cut(teacher: LlamaForCausalLM) -> None:
+def test_layers_are_cut_as_asked(teacher: LlamaForCausalLM) -> None:
     generator = torch.Generator().manual_seed(0)
     made = [(torch.randint(2, 300, (40,), generator=generator).tolist(), [20, 21, 39])]
     whole = loss(teacher, made)
     windowed = Windowed(teacher.model.layers, 64)
-    windowed.layer = 1
+    windowed.cut = {1}
     assert abs(loss(teacher, made) - whole) < 1e-5
     windowed.window = 4
     cut = loss(teacher, made)
-    windowed.layer = 2
+    windowed.cut = {2}
     assert len({round(each, 4) for each in (whole, cut, loss(teacher, made))}) == 3
-    windowed.layer = None
+    # All at once, but those that are kept.
+    kept = [row["loss"] for row in kept_alone(teacher, windowed, made, [[1], range(len(teacher.model.layers))])]
+    assert len(set(kept)) == 3 and abs(kept[-1] - whole) < 1e-4
+    windowed.cut = ()
     assert loss(teacher, made) == whole
