@@ -6,7 +6,7 @@ these are read whole, since padding after a shared beginning would stand in the 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,19 @@ class Engine:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         # No value is read where the mask is zero; any id will do.
         self.pad_id = int(pad or 0)
+        self.words = int(model.get_input_embeddings().num_embeddings)
+        self._may_exceed = max(tokenizer.get_vocab().values()) >= self.words
+
+    def check_ids(self, rows: Iterable[Sequence[int]]) -> None:
+        """Raises HyLoError where a row has an id that the model has no embedding for."""
+        if not self._may_exceed:
+            return
+        largest = max((max(row) for row in rows if row), default=0)
+        if largest >= self.words:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise HyLoError(
+                f"the tokenizer gives {token!r} the id {largest}, and the model has embeddings for {self.words} alone"
+            )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the tokenizer puts before a text."""
@@ -69,8 +82,11 @@ class Engine:
     def loglikelihoods(self, rows: Sequence[Row], description: str = "score") -> list[Scored]:
         """Of each continuation after its context: the natural log of its probability, and whether it is the greedy one.
 
-        Rows are (context ids, continuation ids), neither empty. Raises HyLoError where a value is not finite.
+        Rows are (context ids, continuation ids), neither empty.
+
+        Raises HyLoError where a value is not finite, or an id is beyond the model's embeddings.
         """
+        self.check_ids(ids for row in rows for ids in row)
         results: dict[int, Scored] = {}
         groups = self._groups(rows)
         with bar(description, len(rows), "rows") as shown:
@@ -182,7 +198,11 @@ class Engine:
         until: Sequence[str] = (),
         description: str = "generate",
     ) -> list[str]:
-        """Greedy answers to prompts of token ids: at most `new_tokens` tokens, cut before the first of `until`."""
+        """Greedy answers to prompts of token ids: at most `new_tokens` tokens, cut before the first of `until`.
+
+        Raises HyLoError where an id is beyond the model's embeddings.
+        """
+        self.check_ids(prompts)
         answers: dict[int, str] = {}
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         widths = [len(prompts[i]) + new_tokens for i in order]

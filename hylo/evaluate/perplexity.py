@@ -88,8 +88,9 @@ def _laid_end_to_end(texts: Iterable[str]) -> Iterator[str]:
 def perplexity_by_position(engine: Engine, windows: Sequence[Sequence[int]]) -> Perplexity:
     """Mean cross-entropy of each stretch of 1,024 tokens; windows are read in chunks, through the cache.
 
-    Raises HyLoError where a value is not finite.
+    Raises HyLoError where a value is not finite, or an id is beyond the model's embeddings.
     """
+    engine.check_ids(windows)
     length = len(windows[0])
     sums = torch.zeros(len(windows), -(-length // POSITIONS), dtype=torch.float64)
     with bar("perplexity", len(windows) * length, "tokens") as shown:

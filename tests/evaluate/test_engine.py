@@ -217,3 +217,19 @@ def test_texts_are_read_and_tokenised_as_far_as_windows_reach(monkeypatch: pytes
 
     assert cut_windows(texts(), counting, 50, 3) == expected
     assert sum(sizes) < 1500 < len(text)
+
+
+def test_an_id_without_an_embedding_is_named(engines: dict[str, Engine]) -> None:
+    """A tokenizer may have such ids as long as no text uses them."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<beyond>"])
+    engine = Engine(engines["base"].model, tokenizer)
+    usual, beyond = engine.encode("bado dila"), engine.encode("bado <beyond>")
+    assert len(engine.generate([usual], 2)) == 1
+    for asked in (
+        lambda: engine.generate([usual, beyond], 2),
+        lambda: engine.loglikelihoods([(usual, beyond)]),
+        lambda: perplexity_by_position(engine, [beyond]),
+    ):
+        with pytest.raises(HyLoError, match=f"'<beyond>' the id {len(tokenizer) - 1}, and the model has embeddings"):
+            asked()
