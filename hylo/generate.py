@@ -10,6 +10,22 @@ from hylo.data.documents import is_unicode
 from hylo.errors import HyLoError
 
 
+def check_prompt(tokenizer: Any, prompt: str, words: int) -> None:
+    """Raises HyLoError on a prompt that is empty, that UTF-8 cannot hold or that has ids of `words` or more."""
+    if not prompt.strip():
+        raise HyLoError("the prompt is empty")
+    if not is_unicode(prompt):
+        raise HyLoError("the prompt holds half of a surrogate pair; expected text that UTF-8 can hold")
+    _check_ids(max(tokenizer(prompt)["input_ids"], default=0), words)
+
+
+def _check_ids(largest: int, words: int) -> None:
+    if largest >= words:
+        raise HyLoError(
+            f"the tokenizer gives the prompt id {largest}, and the model has embeddings for {words} ids alone"
+        )
+
+
 @torch.no_grad()
 def continue_prompt(
     model: PreTrainedModel,
@@ -31,10 +47,8 @@ def continue_prompt(
         HyLoError: on a prompt that is empty, that UTF-8 cannot hold or that has ids beyond the model's embedding, or
             where `chat` is asked of a tokenizer without a template.
     """
-    if not prompt.strip():
-        raise HyLoError("the prompt is empty")
-    if not is_unicode(prompt):
-        raise HyLoError("the prompt holds half of a surrogate pair; expected text that UTF-8 can hold")
+    words = model.get_input_embeddings().num_embeddings
+    check_prompt(tokenizer, prompt, words)
     if chat:
         if not tokenizer.chat_template:
             raise HyLoError("the tokenizer has no chat template; leave out --chat")
@@ -43,11 +57,7 @@ def continue_prompt(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    largest, words = int(inputs["input_ids"].max()), model.get_input_embeddings().num_embeddings
-    if largest >= words:
-        raise HyLoError(
-            f"the tokenizer gives the prompt id {largest}, and the model has embeddings for {words} ids alone"
-        )
+    _check_ids(int(inputs["input_ids"].max()), words)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(
         **inputs,

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from hylo.config import HyLoConfig
-from hylo.data.folders import folder_of_pattern, folders_read, is_recursive, reaches_into, roots_of_pattern
+from hylo.data.folders import folders_read, is_recursive, reaches_into, roots_of_pattern
 from hylo.data.prepare import Corpus
 from hylo.data.tokens import PREFIX as TOKENS
 from hylo.data.windows import Windows, make_windows
@@ -38,7 +38,7 @@ from hylo.errors import HyLoError
 from hylo.evaluate.agreement import Reference, Scores, evaluate, make_reference
 from hylo.evaluate.report import write_report
 from hylo.files import atomic_directory, expand_user, partial_of, read_json, sync_tree, write_json
-from hylo.generate import continue_prompt
+from hylo.generate import check_prompt, continue_prompt
 from hylo.lock import LOCK_FILE, locked
 from hylo.modeling import HyLoForCausalLM
 from hylo.precision import autocast, default_device, resolve_precision
@@ -106,7 +106,7 @@ def _folders_of(source: str) -> list[Path]:
         return [path, *folders_read(path)]
     if not is_recursive(path):
         return []
-    return [folder_of_pattern(path), *(folder for root in roots_of_pattern(path) for folder in folders_read(root))]
+    return [folder for root in roots_of_pattern(path) for folder in folders_read(root)]
 
 
 class UpcycleRun:
@@ -414,6 +414,8 @@ class UpcycleRun:
                 f"{recipe.stages[0].name}: every layer of the layout is attention; there is nothing to train"
             )
         with _of("evaluation"):
+            if recipe.evaluation.prompt is not None:
+                check_prompt(self.tokenizer, recipe.evaluation.prompt, self._vocabulary)
             # One window tells, unless an id may be beyond what the model has embeddings for.
             make_windows(
                 self.corpus.evaluation,

@@ -5,6 +5,7 @@ not (data-free distillation, as in LLM-QAT, arXiv 2305.17888, section 3.1). Toke
 distribution, to the full length: what ends a turn or a document does not end a sample.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,12 +18,14 @@ from torch import Tensor
 from transformers import GenerationConfig, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from hylo.data.documents import is_unicode
 from hylo.data.encode import first_ids
 from hylo.errors import HyLoError
-from hylo.files import read_json, write_json, write_text
+from hylo.files import partial_of, read_json, write_json, write_text
+from hylo.lock import LOCK_FILE, locked
 from hylo.precision import default_device, resolve_precision
 from hylo.progress import Bar
-from hylo.upcycle.bases import load_config, load_model, load_tokenizer, opened_folder, weights_digest
+from hylo.upcycle.bases import context_length, load_config, load_model, load_tokenizer, opened_folder, weights_digest
 
 _FILE = "sample.json"
 # Samples at a time: a step of decoding costs a GPU much the same for one and for hundreds.
@@ -45,7 +48,7 @@ class Sampling:
         starts: texts that samples start with, in turns, special tokens among them; where there is none, what the
             tokenizer puts before a text, or its beginning-of-sequence or end-of-sequence token.
         temperature: that logits are divided by; 1 is the model's own distribution.
-        seed: of the first batch; the next ones count on.
+        seed: that of each batch is made of, with the batch's number.
         batch_size: samples at a time, and in a file.
         backend: `vllm` draws many times faster, where it is installed.
         cache_bytes: of vLLM's cache; what is left of nearly all of a GPU where None. It makes no other samples.
@@ -72,34 +75,36 @@ def write_samples(base: str, output: Path, tokens: int, sampling: Sampling) -> i
 
     Raises:
         HyLoError: where `length` is more than the model was made for or no more than a start, a start has no tokens,
-            there is nothing to start with, vLLM is asked for and missing, or `output` holds something else.
+            there is nothing to start with, vLLM is asked for and missing, `output` holds something else or another
+            process is at work in it, or a batch is more than memory holds.
     """
     if sampling.backend == "vllm":
         from hylo.evaluate.backends import check_vllm
 
         check_vllm()
     with opened_folder(base) as folder:
-        config = load_config(folder)
-        context = int(config.max_position_embeddings)
+        config = load_config(folder).get_text_config(decoder=True)
+        context = context_length(config, base)
         if sampling.length > context:
             raise HyLoError(f"--length {sampling.length:,}: {base} was made for {context:,} tokens")
         tokenizer = load_tokenizer(folder)
         starts = _start_ids(tokenizer, sampling, config.vocab_size)
         told = {"weights": weights_digest(folder), **asdict(sampling), "starts": list(sampling.starts)}
         del told["cache_bytes"]
-        _claim(output, told)
         count = -(-tokens // (sampling.batch_size * sampling.length))
         files = [output / f"{i:05d}.jsonl" for i in range(count)]
         each = sampling.batch_size * sampling.length
-        done = sum(file.is_file() for file in files) * each
         with ExitStack() as stack:
+            stack.enter_context(_claimed(output, told))
+            stack.enter_context(_memory_told(sampling))
+            done = sum(file.is_file() for file in files) * each
             shown = Bar("sample", count * each, "tokens", done)
             stack.callback(shown.close)
             write: Write | None = None
             for i, file in enumerate(files):
                 if file.is_file():
                     continue
-                seed = sampling.seed + i
+                seed = _seed(sampling.seed, i)
                 write = write or stack.enter_context(_WRITERS[sampling.backend](folder, sampling, seed, shown))
                 texts = (_text(tokenizer, ids) for ids in write(starts[i % len(starts)], seed))
                 lines = [{"name": f"sample-{i:05d}-{j:04d}", "text": text} for j, text in enumerate(texts) if text]
@@ -107,18 +112,40 @@ def write_samples(base: str, output: Path, tokens: int, sampling: Sampling) -> i
         return count * each
 
 
-def _claim(output: Path, told: dict[str, Any]) -> None:
-    """Makes the folder, or sees that it holds samples made alike."""
+@contextmanager
+def _claimed(output: Path, told: dict[str, Any]) -> Iterator[None]:
+    """Makes the folder, or sees that it holds samples made alike; alone with it until the end of the block."""
     file = output / _FILE
-    if file.is_file():
-        held = read_json(file)
+    ours = {_FILE, partial_of(file).name, LOCK_FILE}
+    foreign = output.exists() and not (output.is_dir() and {entry.name for entry in output.iterdir()} <= ours)
+    if foreign and not file.is_file():
+        raise HyLoError(f"{output} is there and holds no samples; expected a new folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HyLoError(f"cannot write to {output}: {error.strerror}") from None
+    with locked(output):
+        held = read_json(file) if any(output.glob("[0-9]*.jsonl")) else told
         if differing := [key for key in told if not isinstance(held, dict) or held.get(key) != told[key]]:
             raise HyLoError(f"{output} holds samples drawn with other {', '.join(differing)}; choose another --output")
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise HyLoError(f"{output} is there and holds no samples; expected a new folder")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(file, told)
+        write_json(file, told)
+        yield
+
+
+@contextmanager
+def _memory_told(sampling: Sampling) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise HyLoError(
+            f"--batch-size {sampling.batch_size} of --length {sampling.length}: more than memory holds; "
+            "give fewer or shorter ones"
+        ) from None
+
+
+def _seed(seed: int, batch: int) -> int:
+    """Of a batch: of two runs with seeds that lie near each other none has a batch of the other."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:4], "big") >> 1
 
 
 def _start_ids(tokenizer: Any, sampling: Sampling, vocabulary: int) -> list[list[int]]:
@@ -129,14 +156,19 @@ def _start_ids(tokenizer: Any, sampling: Sampling, vocabulary: int) -> list[list
             raise HyLoError("the tokenizer has no token that a text begins with; give --start")
         starts = [own]
     else:
+        if broken := [text for text in sampling.starts if not is_unicode(text)]:
+            raise HyLoError(f"--start {broken[0]!r}: expected text that UTF-8 can hold")
         starts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in sampling.starts]
     for ids, text in zip(starts, sampling.starts or ("",), strict=True):
         if not ids:
             raise HyLoError(f"--start {text!r}: no token")
         if max(ids) >= vocabulary:
             raise HyLoError(f"--start {text!r}: id {max(ids)}, and the model's config.vocab_size is {vocabulary}")
-        if len(ids) >= sampling.length:
-            raise HyLoError(f"--length {sampling.length}: no more than the {len(ids)} tokens that samples start with")
+    # As the tokenizer starts every text that is read later.
+    first = first_ids(tokenizer)
+    starts = [ids if ids[: len(first)] == first else [*first, *ids] for ids in starts]
+    if (longest := max(map(len, starts))) >= sampling.length:
+        raise HyLoError(f"--length {sampling.length}: no more than the {longest} tokens that samples start with")
     return starts
 
 

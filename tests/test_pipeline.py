@@ -260,6 +260,18 @@ def test_what_later_steps_would_refuse_is_refused_first(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_prompt_with_ids_beyond_the_base(recipe: Recipe, base_folder: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    evaluation = recipe.evaluation.model_copy(update={"prompt": "<new> so"})
+    asked = recipe.model_copy(update={"base": str(base), "evaluation": evaluation})
+    with pytest.raises(HyLoError, match="evaluation: the tokenizer gives the prompt id 300"):
+        UpcycleRun(asked, tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("where", ["eval", "train"])
 def test_a_tokenizer_with_ids_beyond_the_base(base_folder: Path, tmp_path: Path, where: str) -> None:
     base = Path(shutil.copytree(base_folder, tmp_path / "base"))

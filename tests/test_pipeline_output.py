@@ -32,6 +32,11 @@ def test_an_output_that_would_be_read_as_text(base_folder: Path, tmp_path: Path,
         ("runs/*/texts/*.txt", False),
         ("runs/other*/*/*.txt", False),
         ("*/*.txt", False),
+        ("runs/*/model/**/*.txt", True),
+        ("runs/*/texts/**/*.txt", False),
+        ("*/other/texts/**/*.txt", False),
+        ("linked/*/*.txt", True),
+        ("linked/texts/*.txt", False),
     ],
 )
 def test_an_output_that_a_pattern_would_read(base_folder: Path, tmp_path: Path, pattern: str, refused: bool) -> None:
@@ -41,6 +46,9 @@ def test_an_output_that_a_pattern_would_read(base_folder: Path, tmp_path: Path, 
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         write_texts(tmp_path / name, 3)
     (tmp_path / "runs" / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "linked" / "texts").mkdir(parents=True)
+    write_texts(tmp_path / "linked" / "texts", 3)
+    (tmp_path / "linked" / "elsewhere").symlink_to(tmp_path / "runs" / "mine" / "model")
     (tmp_path / "runs" / "mine" / "run.json").write_text("{}")
     for name in ("merges.txt", "vocab.txt"):
         (tmp_path / "runs" / "mine" / "model" / name).write_text(sentences(5))

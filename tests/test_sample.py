@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VOCABULARY, make_tokenizer, write_base
+from tiny import SIZES, VOCABULARY, make_tokenizer, sentences, write_base
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, Gemma3Config
 from typer.testing import CliRunner
 
+from hylo import sample
 from hylo.cli import app
 from hylo.data.sources import read_documents
 from hylo.errors import HyLoError
-from hylo.sample import Sampling, write_samples
+from hylo.evaluate.agreement import score_checkpoint
+from hylo.lock import locked
+from hylo.sample import Sampling, _start_ids, _text, write_samples
 from hylo.upcycle.bases import load_model
 
 SAMPLING = Sampling(length=12, starts=(), temperature=1.0, seed=3, batch_size=4, backend="hf")
@@ -131,3 +136,58 @@ def test_what_is_missing_is_told_before_anything_is_written(
     with pytest.raises(HyLoError, match=r"vocab_size is 200"):
         write_samples(str(small), tmp_path / "new", 10, dataclasses.replace(SAMPLING, starts=("The sentences of",)))
     assert not (tmp_path / "new").exists()
+
+
+def test_samples_start_as_the_tokenizer_starts_texts(base_folder: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    asked = dataclasses.replace(SAMPLING, starts=("so", "<s>so"))
+    one, same = _start_ids(tokenizer, asked, VOCABULARY)
+    assert one == same == tokenizer("so")["input_ids"] and one[0] == 0
+    # What comes of itself is not written.
+    assert _text(tokenizer, one) == "so"
+
+
+def test_seeds_near_each_other_share_no_batch(base_folder: Path, tmp_path: Path) -> None:
+    drawn = []
+    for seed in (0, 1):
+        write_samples(str(base_folder), tmp_path / str(seed), 97, dataclasses.replace(SAMPLING, seed=seed))
+        drawn.append({row for rows in texts(tmp_path / str(seed)).values() for row in rows})
+    assert not drawn[0] & drawn[1]
+
+
+def test_a_batch_beyond_memory_is_told_and_another_may_follow(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setitem(sample._WRITERS, "hf", too_much)
+        with pytest.raises(HyLoError, match="--batch-size 4 of --length 12: more than memory holds"):
+            write_samples(str(base_folder), tmp_path / "new", 10, SAMPLING)
+    # A kill leaves part of a file, too.
+    (tmp_path / "new" / ".sample.json.partial").write_text("{")
+    write_samples(str(base_folder), tmp_path / "new", 10, dataclasses.replace(SAMPLING, batch_size=2))
+    assert [len(rows) for rows in texts(tmp_path / "new").values()] == [2]
+
+
+def test_one_process_at_a_time(base_folder: Path, tmp_path: Path) -> None:
+    write_samples(str(base_folder), tmp_path / "own", 10, SAMPLING)
+    with locked(tmp_path / "own"), pytest.raises(HyLoError, match="another run is at work"):
+        write_samples(str(base_folder), tmp_path / "own", 100, SAMPLING)
+
+
+def test_a_model_of_several_parts_writes_and_is_scored(tmp_path: Path) -> None:
+    """What is asked of a config is asked of the part that writes."""
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = Gemma3Config(
+        text_config=SIZES | {"query_pre_attn_scalar": 8},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    assert write_samples(str(tmp_path / "base"), tmp_path / "own", 10, SAMPLING) == 48
+    (tmp_path / "text.txt").write_text(sentences(3))
+    assert score_checkpoint(str(tmp_path / "base"), [str(tmp_path / "text.txt")], length=32).tokens > 32

@@ -95,14 +95,37 @@ def _is_like(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def reaches_into(path: Path, folder: Path, files: Sequence[str], folders: Sequence[str]) -> bool:
-    """Whether a pattern without a `**` may be like a file of a folder that holds such files and folders by name.
+    """Whether a pattern may be like a file of a folder that holds such files and folders by name.
 
     Of what lies in those folders nothing is known: any file may.
     """
     base = folder_of_pattern(path)
     pattern = [*map(glob.escape, base.resolve().parts), *path.relative_to(base).parts]
     inside = folder.resolve().parts
-    if len(pattern) <= len(inside) or not all(map(fnmatchcase, inside, pattern)):
+    if _ANY_DEPTH in pattern:
+        # Of the folders below which it looks at any depth: whether the folder is in one, or may hold one.
+        pattern = pattern[: pattern.index(_ANY_DEPTH)]
+        if len(pattern) <= len(inside):
+            return all(map(fnmatchcase, inside, pattern))
+        names = folders
+    elif len(pattern) <= len(inside):
         return False
-    names = files if len(pattern) == len(inside) + 1 else folders
-    return any(fnmatchcase(name, pattern[len(inside)]) for name in names)
+    else:
+        names = files if len(pattern) == len(inside) + 1 else folders
+    found = all(map(fnmatchcase, inside, pattern)) and any(fnmatchcase(name, pattern[len(inside)]) for name in names)
+    return found or _links_into(path, folder.resolve(), files, folders)
+
+
+def _links_into(path: Path, folder: Path, files: Sequence[str], folders: Sequence[str]) -> bool:
+    """Whether a pattern without a `**` looks into `folder`, or into one of its folders, by another name."""
+    base = folder_of_pattern(path)
+    *before, last = path.relative_to(base).parts or ("",)
+    if _ANY_DEPTH in before or not before:
+        return False
+    for found in base.glob(str(Path(*before))):
+        real = found.resolve()
+        if real == folder and any(fnmatchcase(name, last) for name in files):
+            return True
+        if real.is_relative_to(folder) and real != folder and real.relative_to(folder).parts[0] in folders:
+            return True
+    return False

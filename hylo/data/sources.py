@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hylo.data.documents import Document, text_digest, unit_hash
+from hylo.data.documents import Document, is_unicode, text_digest, unit_hash
 from hylo.data.folders import files_below, files_like, folder_of_pattern
 from hylo.data.sections import SourceSection
 from hylo.data.tables import (
@@ -118,6 +118,8 @@ def open_source(source: str | SourceSection) -> OpenSource:
     """Raises HyLoError where there is no such source, or it holds no text."""
     if source == "":
         raise HyLoError(f"a text without a name; expected a file, a folder, hf:NAME or {', '.join(BUILTIN_SOURCES)}")
+    if isinstance(source, str) and not is_unicode(source):
+        raise HyLoError(f"a text called {source!r}; expected a name that UTF-8 can hold")
     section = SourceSection(source=source) if isinstance(source, str) else source
     name = section.source
     if name in BUILTIN_SOURCES:
@@ -268,6 +270,8 @@ def _is_saved(path: Path) -> bool:
     """Raises HyLoError where there are several splits, or the package that reads them is not installed."""
     if (path / "dataset_dict.json").is_file():
         splits = sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file())
+        if not splits:
+            raise HyLoError(f"{path} is a dataset of splits, and holds none that is whole")
         raise HyLoError(f"{path} is a dataset of splits {', '.join(splits)}; name one, as {path}/{splits[0]}")
     if not all((path / name).is_file() for name in ("state.json", "dataset_info.json")):
         return False

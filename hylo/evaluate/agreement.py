@@ -164,7 +164,11 @@ def score_checkpoint(
         tokenizer = load_tokenizer(folder)
         if teacher_folder is not None:
             check_same_vocabulary(tokenizer, load_tokenizer(teacher_folder))
-        words = load_config(folder).vocab_size
+        words = load_config(folder).get_text_config(decoder=True).vocab_size
+        if teacher_folder is not None:
+            others = load_config(teacher_folder).get_text_config(decoder=True).vocab_size
+            if others != words:
+                raise HyLoError(f"model and teacher differ in vocabulary: {words} and {others} words")
         batches = make_windows(documents, tokenizer, length, limit_tokens=tokens, vocabulary=words).batches(2)
         with autocast(device, dtype):
             reference = None

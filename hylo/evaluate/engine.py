@@ -56,9 +56,9 @@ class Engine:
         self.device = model.device
         self.batch_tokens = batch_tokens or (262_144 if self.device.type == "cuda" else 8_192)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        # No value is read where the mask is zero; any id will do.
-        self.pad_id = int(pad or 0)
         self.words = int(model.get_input_embeddings().num_embeddings)
+        # No value is read where the mask is zero; any id that has an embedding will do.
+        self.pad_id = int(pad or 0) if int(pad or 0) < self.words else 0
         self._may_exceed = max(tokenizer.get_vocab().values()) >= self.words
 
     def check_ids(self, rows: Iterable[Sequence[int]]) -> None:

@@ -36,7 +36,15 @@ from hylo.evaluate.ruler import (
 )
 from hylo.evaluate.ruler.run import RulerPrompts, run_ruler
 from hylo.precision import Precision, default_device, resolve_precision
-from hylo.upcycle.bases import load_config, load_model, load_tokenizer, opened_folder, resolve_base, weights_digest
+from hylo.upcycle.bases import (
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    opened_folder,
+    resolve_base,
+    weights_digest,
+)
 from hylo.upcycle.layout import format_layout
 
 SUITES = ("commonsense", "gsm8k", "ruler", "perplexity")
@@ -136,7 +144,7 @@ def check_settings(settings: Settings) -> None:
 
 def context_of(reference: str) -> int:
     """Tokens that a model was made for. Raises HyLoError where there is no such model."""
-    return int(_config_of(resolve_base(reference)).max_position_embeddings)
+    return context_length(_config_of(resolve_base(reference)), reference)
 
 
 def _longest(settings: Settings) -> int:

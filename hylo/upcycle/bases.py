@@ -27,7 +27,7 @@ from hylo.files import atomic_directory, expand_user, read_json, write_json
 from hylo.progress import console
 from hylo.upcycle.families import check_family, check_named_family, check_values
 from hylo.upcycle.gguf_rope import restore_rope
-from hylo.upcycle.stream import read_weight_map
+from hylo.upcycle.stream import files_without_index, read_weight_map
 
 # Beside a dequantised GGUF model: what it was made from.
 _SOURCE_FILE = "gguf-source.json"
@@ -192,7 +192,7 @@ class Base:
         if weight_map is not None:
             base._file_of.update(weight_map)
         else:
-            for file in sorted(folder.glob("*.safetensors")):
+            for file in files_without_index(folder):
                 base._file_of.update(dict.fromkeys(base._handle(file).keys(), file))
         config.tie_word_embeddings = base._is_tied()
         return base
@@ -310,6 +310,16 @@ def load_config(path: Path, *, gguf_file: str | None = None) -> PreTrainedConfig
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise HyLoError(f"{where}: {reason}") from None
+
+
+def context_length(config: PreTrainedConfig, named: str) -> int:
+    """Tokens that a model was made for. Raises HyLoError, naming it, where its config does not say."""
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise HyLoError(
+            f"{named}: its config has no max_position_embeddings; how many tokens it was made for is not told"
+        )
+    return length
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

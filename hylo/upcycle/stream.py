@@ -15,7 +15,8 @@ from torch import Tensor
 from hylo.errors import HyLoError
 from hylo.files import read_json
 
-_INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+_INDEX = f"{_WHOLE}.index.json"
 # In the order in which safetensors stores them: the widest first, so that every value is aligned.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -81,8 +82,11 @@ class TensorReader:
 
 
 def read_weight_map(folder: Path) -> dict[str, Path] | None:
-    """The file of each tensor, where a folder has an index. Raises HyLoError where that is none."""
-    if not (folder / _INDEX).is_file():
+    """The file of each tensor, where a folder has an index and no file of all; as transformers reads them.
+
+    Raises HyLoError where that is none.
+    """
+    if (folder / _WHOLE).is_file() or not (folder / _INDEX).is_file():
         return None
     index = read_json(folder / _INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -94,12 +98,18 @@ def read_weight_map(folder: Path) -> dict[str, Path] | None:
     return {name: folder / file for name, file in weight_map.items()}
 
 
+def files_without_index(folder: Path) -> list[Path]:
+    """The file of all tensors, where there is one: another beside it may be an adapter, or the same once more."""
+    whole = folder / _WHOLE
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """One file, or the shards that the index names."""
     weight_map = read_weight_map(folder)
     if weight_map is not None:
         return sorted(set(weight_map.values()))
-    files = sorted(folder.glob("*.safetensors"))
+    files = files_without_index(folder)
     if not files:
         raise HyLoError(f"{folder} holds no *.safetensors")
     return files

@@ -301,6 +301,12 @@ def test_a_saved_dataset_of_several_splits(tmp_path: Path) -> None:
     assert len(read_documents([str(tmp_path / "saved" / "train")])) == 2
 
 
+def test_a_saved_dataset_without_a_whole_split(tmp_path: Path) -> None:
+    datasets.DatasetDict({}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(HyLoError, match="saved is a dataset of splits, and holds none that is whole"):
+        open_source(str(tmp_path / "saved"))
+
+
 def test_a_saved_dataset_that_is_damaged(tmp_path: Path) -> None:
     source = save(rows(2), tmp_path / "saved")
     (arrow,) = (tmp_path / "saved").glob("*.arrow")

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hylo import HyLoForCausalLM
 from hylo.errors import HyLoError
+from hylo.evaluate import agreement
 from hylo.evaluate.agreement import evaluate, make_reference, score_checkpoint
 from hylo.upcycle.bases import load_model
 
@@ -32,6 +33,15 @@ def test_scores_are_those_of_whole_logits(student: HyLoForCausalLM, teacher: Lla
     assert scores.kl == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert scores.agreement == pytest.approx(sum(same) / len(same))
     assert scores.kl > 0.01
+
+
+def test_a_teacher_of_another_vocabulary_is_told_before_anything_is_read(
+    base_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "load_model", lambda *_: pytest.fail("weights were read"))
+    other = write_base(tmp_path / "other", vocab_size=310)
+    with pytest.raises(HyLoError, match="differ in vocabulary: 300 and 310 words"):
+        score_checkpoint(str(base_folder), [str(text_folder)], teacher=str(other))
 
 
 def test_the_size_of_a_batch_does_not_matter(student: HyLoForCausalLM) -> None:

@@ -233,3 +233,12 @@ def test_an_id_without_an_embedding_is_named(engines: dict[str, Engine]) -> None
     ):
         with pytest.raises(HyLoError, match=f"'<beyond>' the id {len(tokenizer) - 1}, and the model has embeddings"):
             asked()
+
+
+def test_padding_needs_an_embedding_too(engines: dict[str, Engine]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id >= engines["base"].words
+    rows = ids(5, 9)
+    padded = Engine(engines["base"].model, tokenizer)
+    assert padded.generate(rows, 4) == engines["base"].generate(rows, 4)

@@ -49,6 +49,20 @@ def test_folder_is_read_tensor_by_tensor(base_folder: Path) -> None:
             base.tensor("model.nothing")
 
 
+def test_what_lies_beside_the_weights_is_not_read(copied: Path) -> None:
+    """As transformers has it: an adapter, the same once more, an index of what was cut otherwise."""
+    whole = load_file(copied / "model.safetensors")
+    save_file({"base_model.lora_A.weight": torch.ones(2, 2)}, copied / "adapter_model.safetensors")
+    save_file({name: torch.zeros_like(value) for name, value in whole.items()}, copied / "pytorch_model.safetensors")
+    index = {"weight_map": dict.fromkeys(whole, "pytorch_model.safetensors")}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    expected = load_model(copied).state_dict()
+    with Base.open(copied) as base, TensorReader(copied) as reader:
+        assert set(base.names) == set(reader.tensors) == set(whole)
+        for name in whole:
+            assert torch.equal(base.tensor(name), expected[name]) and torch.equal(reader[name], expected[name])
+
+
 def test_sharded_base_is_read_through_its_index(base_folder: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(base_folder)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -183,6 +197,7 @@ def test_a_word_that_is_none_pads(copied: Path) -> None:
 )
 @pytest.mark.parametrize("read", [Base.open, TensorReader])
 def test_an_index_that_is_none(copied: Path, index: Any, named: str, read: Callable[[Path], Any]) -> None:
+    (copied / "model.safetensors").rename(copied / "model-00001-of-00001.safetensors")
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(HyLoError, match=rf"model\.safetensors\.index\.json:? {named}"):
         read(copied)

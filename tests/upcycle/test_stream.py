@@ -87,6 +87,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     save_file({"t": torch.ones(2, dtype=torch.int32)}, tmp_path / "model.safetensors")
     with pytest.raises(HyLoError, match="t is I32; expected one of F64"):
         TensorReader(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"t": "gone.safetensors"}}))
     with pytest.raises(HyLoError, match=r"gone\.safetensors"):
