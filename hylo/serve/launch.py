@@ -3,11 +3,18 @@
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
+from hylo.plan.quantities import parse_contexts
 from hylo.plan.source import read_config
 from hylo.serve.parallel import check_parallel
+from hylo.serve.states import largest_state
 
 # Tokens of a prompt that one step reads: what keeps a GPU busy, in little memory beside the cache.
 STEP_TOKENS = 8192
@@ -36,21 +43,52 @@ class Request:
 
 def serve_command(request: Request) -> list[str]:
     """`vllm serve` and its arguments. Raises HyLoError where the model cannot be served so."""
+    if request.model.startswith("-"):
+        raise HyLoError(f"{request.model}: expected the model first, and options of vllm serve after it")
     config = served_config(request.model)
     check_parallel(config, request.gpus)
-    length = request.context or config.max_position_embeddings
+    length = longest(request, config)
     flags = {
         "--max-model-len": str(length),
-        "--max-num-batched-tokens": str(STEP_TOKENS),
+        "--max-num-batched-tokens": str(step_tokens(request, config)),
         "--max-num-seqs": str(most_requests(length)),
     }
+    told = with_file(request.extra)
+    if given("--no-enable-chunked-prefill", told):
+        # A step reads the longest prompt whole then; vLLM knows how large that makes it.
+        del flags["--max-num-batched-tokens"]
     if request.gpus > 1:
         flags["--tensor-parallel-size"] = str(request.gpus)
     command = ["vllm", "serve", request.model]
     for flag, value in flags.items():
-        if not given(flag, request.extra):
+        if not given(flag, told):
             command += [flag, value]
     return command + list(request.extra)
+
+
+def longest(request: Request, config: HyLoConfig) -> int:
+    """Tokens of the longest request: the user's own, in vLLM's words or in ours, or the trained length."""
+    asked = value_of("--max-model-len", with_file(request.extra))
+    if asked is not None:
+        try:
+            return parse_contexts(asked)[0]
+        except HyLoError:
+            # For vLLM to read, or to refuse.
+            pass
+    return request.context or config.max_position_embeddings
+
+
+def step_tokens(request: Request, config: HyLoConfig) -> int:
+    """Tokens that a step reads. Where prefixes are kept vLLM wants a block to fit, which is as large as a state."""
+    mixers = set(config.token_mixers or [])
+    if "mla" not in mixers or not given("--enable-prefix-caching", with_file(request.extra)):
+        return STEP_TOKENS
+    geometry: Any = config.geometry("mla")
+    state = largest_state(config, request.gpus, torch.bfloat16)
+    latent_bytes = 2 * (geometry.kv_lora_rank + geometry.qk_rope_head_dim)
+    block = -(-state.nbytes(torch.bfloat16) // latent_bytes) if state is not None else 0
+    # vLLM rounds blocks up, by its kernels' own sizes.
+    return max(STEP_TOKENS, -(-(block + 512) // 1024) * 1024)
 
 
 def most_requests(length: int) -> int:
@@ -66,6 +104,28 @@ def served_config(model: str) -> HyLoConfig:
     return config
 
 
+def with_file(extra: tuple[str, ...]) -> tuple[str, ...]:
+    """The user's arguments, and those of the file that `--config` names. Raises HyLoError where it cannot be read."""
+    named = value_of("--config", extra)
+    if named is None:
+        return extra
+    try:
+        values = yaml.safe_load(Path(named).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise HyLoError(f"--config {named}: {' '.join(str(error).split())}") from None
+    pairs = values.items() if isinstance(values, dict) else ()
+    return (*extra, *(f"--{key}={value}" for key, value in pairs))
+
+
+def value_of(flag: str, extra: tuple[str, ...]) -> str | None:
+    """What the user gave a flag, as `given` looks for it."""
+    for i, part in enumerate(extra):
+        name, equals, value = part.partition("=")
+        if part.startswith("--") and name.replace("_", "-") == flag:
+            return value if equals else next(iter(extra[i + 1 :]), None)
+    return None
+
+
 def given(flag: str, extra: tuple[str, ...]) -> bool:
     """Whether the user gave a flag, as `--flag value`, `--flag=value` or with underscores."""
     names = {part.split("=", 1)[0].replace("_", "-") for part in extra if part.startswith("--")}
@@ -78,7 +138,8 @@ def server_environment(request: Request, current: Mapping[str, str]) -> dict[str
     if importlib.util.find_spec("flashinfer") is None:
         # vLLM would ask for it to sample.
         ours["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    if request.context and request.context > served_config(request.model).max_position_embeddings:
+    config = served_config(request.model)
+    if longest(request, config) > config.max_position_embeddings:
         # vLLM takes no more than the config says, for models whose angles are a table; ours are computed.
         ours["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     return ours | dict(current)

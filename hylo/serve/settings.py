@@ -1,9 +1,11 @@
 """What a hybrid asks of vLLM's settings; checked, and filled in, before the engine starts."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
@@ -15,14 +17,43 @@ from hylo.serve.states import largest_state, linear_mixers, state_shapes
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# Of what vLLM carries: beyond these taps its convolution leaves some out, beyond these keys its delta rules end.
+MOST_TAPS, MOST_KEYS = 4, 256
+
 logger = init_logger(f"vllm.{__name__}")
 
 
 def _check_prefix_caching(config: HyLoConfig) -> None:
     """Raises HyLoError where vLLM could not copy the states: it knows one shape of them a model."""
     linear = linear_mixers(config)
+    if not linear:
+        raise HyLoError(
+            "prefix caching: no layer of this model is linear, which vLLM's caching for hybrids expects; leave it out"
+        )
     if len({state_shapes(config, mixer, 1) for mixer in linear}) > 1:
         raise HyLoError(f"prefix caching: the states of {', '.join(linear)} differ in size; leave it out")
+
+
+def check_kernels(config: HyLoConfig) -> None:
+    """Raises HyLoError where the kernels for GPUs do not take a linear mixer's sizes: some compute on."""
+    for mixer in linear_mixers(config):
+        sizes: Any = config.geometry(mixer)
+        if sizes.conv_size > MOST_TAPS:
+            raise HyLoError(f"{mixer}: conv_size is {sizes.conv_size}; vLLM's kernels take 2 to {MOST_TAPS} on a GPU")
+        keys = state_shapes(config, mixer, 1).recurrent[2]
+        if keys > MOST_KEYS:
+            raise HyLoError(f"{mixer}: keys of {keys} values; vLLM's kernels take {MOST_KEYS} at most on a GPU")
+
+
+def check_dtypes(dtype: torch.dtype, cached: str) -> None:
+    """Raises HyLoError where latents could not be kept: they are in the model's dtype, one of 16 bits."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise HyLoError(
+            f"dtype {name}: latents are served in bfloat16 or float16; VLLM_MLA_DISABLE=1 keeps keys and values instead"
+        )
+    if cached not in ("auto", name):
+        raise HyLoError(f"kv-cache-dtype {cached}: latents are kept in {name}, the model's own; leave it out")
 
 
 def _fill_pages(config: HyLoConfig, vllm_config: "VllmConfig") -> None:
@@ -49,6 +80,12 @@ class HyLoSettings(VerifyAndUpdateConfig):
         check_parallel(config, vllm_config.parallel_config.tensor_parallel_size)
         if vllm_config.speculative_config is not None:
             raise HyLoError("speculative decoding: a hybrid's states cannot be taken back; leave it out")
+        if vllm_config.model_config.quantization is not None:
+            raise HyLoError(
+                f"quantization {vllm_config.model_config.quantization}: hybrids are served as they were saved"
+            )
+        if current_platform.is_cuda():
+            check_kernels(config)
         if vllm_config.cache_config.enable_prefix_caching:
             _check_prefix_caching(config)
         kind = (config.rope_parameters or {}).get("rope_type", "default")
@@ -58,9 +95,7 @@ class HyLoSettings(VerifyAndUpdateConfig):
         if reason is not None:
             logger.info("MLA layers keep keys and values, not latents: %s", reason)
         if keeps_latents(config):
-            cached = vllm_config.cache_config.cache_dtype
-            if cached not in ("auto", "bfloat16", "float16"):
-                raise HyLoError(f"kv-cache-dtype {cached}: latents are kept in bfloat16 or float16; leave it out")
+            check_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype)
             from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
 
             vllm_config.attention_config.mla_prefill_backend = MLAPrefillBackendEnum.CUSTOM

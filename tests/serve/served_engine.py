@@ -1,6 +1,7 @@
 """Engines for the tests, and what their answers are compared with: the model itself, in plain transformers."""
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,5 +86,6 @@ def worst_difference(model: PreTrainedModel, prompts: list[list[int]], answers: 
         for step, token in enumerate(ids):
             own, given = expected[step, token].item(), output.logprobs[step][token].logprob
             assert expected[step].max().item() - own < TOLERANCE, f"token {step} after {len(prompt)}"
+            assert math.isfinite(given), f"token {step} after {len(prompt)}"
             worst = max(worst, abs(own - given))
     return worst

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 from click.testing import Result
+from serving import published_config
 from tiny import write_base
 from typer.testing import CliRunner
 
@@ -44,6 +45,27 @@ def test_serve_leaves_what_the_user_gave(mixed_folder: Path) -> None:
     assert arguments[arguments.index("--tensor-parallel-size") + 1] == "2"
 
 
+def test_serve_reads_what_vllm_reads(mixed_folder: Path, tmp_path: Path) -> None:
+    """A length given in vLLM's words, or in a file, is the length that the rest goes by."""
+    (tmp_path / "my.yaml").write_text("max-model-len: 1048576\nmax_num_batched_tokens: 4096\n")
+    for extra in (["--max-model-len", "1048576"], ["--max_model_len=1M"], ["--config", str(tmp_path / "my.yaml")]):
+        words = run("serve", mixed_folder, "--dry-run", *extra).stdout.split()
+        assert words[words.index("--max-num-seqs") + 1] == "32"
+        assert words.count("--max-model-len") == extra.count("--max-model-len")
+        assert ("--max-num-batched-tokens" in words) == (extra[0] != "--config")
+        request = Request(str(mixed_folder), extra=tuple(extra))
+        assert server_environment(request, {})["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "1"
+    words = run("serve", mixed_folder, "--dry-run", "--no-enable-chunked-prefill").stdout.split()
+    assert "--max-num-batched-tokens" not in words
+
+
+def test_a_block_of_a_kept_prefix_fits_a_step(tmp_path: Path) -> None:
+    """Of the published 3B: a block is as large as a state, 12,432 tokens."""
+    published_config("3b").save_pretrained(tmp_path / "3b")
+    words = run("serve", tmp_path / "3b", "--dry-run", "--enable-prefix-caching").stdout.split()
+    assert 12_432 <= int(words[words.index("--max-num-batched-tokens") + 1]) < 16_384
+
+
 def test_longer_than_trained(mixed_folder: Path) -> None:
     trained = server_environment(Request(str(mixed_folder)), {})
     longer = server_environment(Request(str(mixed_folder), context=1024), {"HOME": "/"})
@@ -58,6 +80,8 @@ def test_bad_input_is_one_line(mixed_folder: Path, base_folder: Path, tmp_path: 
         (("serve", missing), "does not exist"),
         (("serve", base_folder), "is a llama, no hybrid; serve it with: vllm serve"),
         (("serve", mixed_folder, "--context", "8X"), "8X"),
+        (("serve", "--port", "8000", mixed_folder), "--port: expected the model first"),
+        (("serve", mixed_folder, "--config", "nowhere.yaml"), "--config nowhere.yaml: "),
         (("serve", mixed_folder, "--gpus", "3"), "expected one of 1, 2"),
         (("bench", mixed_folder, "--load", "8K"), "--load '8K'"),
         (("bench", mixed_folder, "--load", "8K,x"), "--load '8K,x': 'x' is no number"),

@@ -1,15 +1,22 @@
 """What is known before an engine starts: registration, head sizes, ranks that can share a model."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 from tiny import HYBRIDS, hybrid_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'hylo[serve]'")
+
+from served_engine import engine, save_hybrid
 
 from hylo import HyLoConfig
 from hylo.errors import HyLoError
 from hylo.serve.architecture import HyLoArchitecture, attention_head_size, keeps_latents, why_expanded
 from hylo.serve.parallel import check_parallel, parallel_sizes
 from hylo.serve.plugin import ARCHITECTURE, register
+from hylo.serve.settings import check_dtypes, check_kernels
 from hylo.serve.states import largest_state, state_shapes
 from hylo.serve.weights import expected_shapes
 
@@ -52,8 +59,6 @@ def test_ranks_that_share_the_heads() -> None:
 
 def test_states_are_as_large_as_planned() -> None:
     """What vLLM keeps of a request is what the model says that it has."""
-    import torch
-
     mixed = config("mix_of_all")
     linear = [name for name in mixed.token_mixers if name not in ("attention", "mla")]
     held = sum(state_shapes(mixed, name, 1).nbytes(torch.bfloat16) for name in linear)
@@ -68,3 +73,39 @@ def test_every_tensor_of_a_checkpoint_is_expected() -> None:
     assert "lm_head.weight" in shapes
     tied = hybrid_config(["gdn"], tie_word_embeddings=True)
     assert "lm_head.weight" not in expected_shapes(tied)
+
+
+def test_sizes_that_kernels_would_get_wrong() -> None:
+    check_kernels(config("mix_of_all"))
+    for sizes, named in (
+        ({"conv_size": 5}, "gdn: conv_size is 5; vLLM's kernels take 2 to 4"),
+        ({"head_k_dim": 320}, "gdn: keys of 320 values; vLLM's kernels take 256 at most"),
+    ):
+        geometry = {"gdn": {"num_heads": 4, "head_k_dim": 8, "head_v_dim": 8} | sizes}
+        with pytest.raises(HyLoError, match=named):
+            check_kernels(hybrid_config(["gdn"], mixer_geometry=geometry))
+
+
+def test_latents_are_in_the_models_own_dtype() -> None:
+    for dtype, cached in ((torch.bfloat16, "auto"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        check_dtypes(dtype, cached)
+    for dtype, cached, named in (
+        (torch.bfloat16, "float16", "latents are kept in bfloat16, the model's own"),
+        (torch.bfloat16, "fp8", "kv-cache-dtype fp8"),
+        (torch.float32, "auto", "dtype float32: latents are served in bfloat16 or float16"),
+    ):
+        with pytest.raises(HyLoError, match=named):
+            check_dtypes(dtype, cached)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("mla", {"enable_prefix_caching": True}, "prefix caching: no layer of this model is linear"),
+        ("mix", {"quantization": "fp8"}, "quantization fp8: hybrids are served as they were saved"),
+    ],
+)
+def test_what_is_not_served_is_refused(name: str, options: dict[str, Any], named: str, tmp_path: Path) -> None:
+    save_hybrid(tmp_path / name, name)
+    with pytest.raises((HyLoError, ValueError), match=named), engine(tmp_path / name, **options):
+        pass

