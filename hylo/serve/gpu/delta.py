@@ -74,7 +74,8 @@ def convolve_many(inputs: Tensor, weight: Tensor, bias: Tensor | None, past: Ten
 def initial_states(state: Tensor, metadata: Any) -> Tensor:
     """Of each prompt, zeros where it begins, `[N, H, V, K]`."""
     held = state[metadata.state_indices_tensor_p]
-    return torch.where(metadata.has_initial_states_p[:, None, None, None], held, 0)
+    # In place: of many prompts in a step the states are large.
+    return held.masked_fill_(~metadata.has_initial_states_p[:, None, None, None], 0)
 
 
 def decode(
