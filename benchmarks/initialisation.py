@@ -56,6 +56,20 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def seen_and_unseen(
+    sources: list[str], tokenizer: Any, length: int, batch_size: int, tokens: int, evaluation_tokens: int
+) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+    """Batches to calibrate on, and of a tenth of the documents that calibration does not see."""
+    documents = read_documents(sources)
+    held_out = hold_out(documents, 0.1)
+
+    def batches(documents: list[Any], tokens: int) -> list[dict[str, torch.Tensor]]:
+        windows = make_windows(documents, tokenizer, length, limit_tokens=tokens).batches(batch_size)
+        return [{name: value.to(default_device()) for name, value in batch.items()} for batch in windows]
+
+    return batches(without_overlap(documents, held_out), tokens), batches(held_out, evaluation_tokens)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", default=["30MLA", "8MLA22GDN", "8MLA22KDA", "8MLA22M2"])
@@ -75,18 +89,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, autocast(device, resolve_precision("auto")):
         folder = model_folder(BASE, Path(scratch) / "base")
         tokenizer, teacher = load_tokenizer(folder), load_model(folder, torch.float32).to(device)
-        documents = read_documents(args.text)
-        held_out = hold_out(documents, 0.1)
-
-        def batches(documents: list[Any], tokens: int) -> list[dict[str, torch.Tensor]]:
-            windows = make_windows(documents, tokenizer, args.length, limit_tokens=tokens)
-            return [
-                {name: value.to(device) for name, value in batch.items()} for batch in windows.batches(args.batch_size)
-            ]
-
-        text, unseen = (
-            batches(without_overlap(documents, held_out), args.tokens),
-            batches(held_out, args.evaluation_tokens),
+        text, unseen = seen_and_unseen(
+            args.text, tokenizer, args.length, args.batch_size, args.tokens, args.evaluation_tokens
         )
         reference = make_reference(teacher, unseen)
         for layout in args.layouts:

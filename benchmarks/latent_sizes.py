@@ -8,17 +8,16 @@ benchmarks/retrieval.py; KL is taken on text that calibration does not see. On a
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import RESULTS, circumstances, write_result
+from initialisation import seen_and_unseen
 from retrieval import exercises, loss
 
-from hylo.data.held_out import hold_out, without_overlap
-from hylo.data.sources import read_documents
-from hylo.data.windows import make_windows
+from hylo.errors import HyLoError
 from hylo.evaluate.agreement import evaluate, make_reference
 from hylo.precision import default_device
 from hylo.upcycle.bases import Base, load_model, load_tokenizer, model_folder
@@ -52,23 +51,22 @@ def main() -> None:
     device, rows = default_device(), []
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_folder(arguments.base, Path(scratch) / "base")
+        layout = f"MLA:{arguments.layers} ATT"
+        # All sizes before any weight is read: a wrong one is told at once.
+        with Base.open(folder) as base:
+            plans = [
+                plan_conversion(
+                    base, layout, {"mla": {"kv_lora_rank": rank, "qk_rope_head_dim": rotary}}, dtype="float32"
+                )
+                for rank, rotary in arguments.sizes
+            ]
         tokenizer, teacher = load_tokenizer(folder), load_model(folder, torch.float32).to(device).eval()
-        documents = read_documents(TEXT)
-        held_out = hold_out(documents, 0.1)
-
-        def batches(documents: list[Any], tokens: int) -> list[dict[str, torch.Tensor]]:
-            windows = make_windows(documents, tokenizer, 1024, limit_tokens=tokens)
-            return [{name: value.to(device) for name, value in batch.items()} for batch in windows.batches(2)]
-
-        text = batches(without_overlap(documents, held_out), arguments.tokens)
-        unseen = batches(held_out, arguments.evaluation_tokens)
+        text, unseen = seen_and_unseen(TEXT, tokenizer, 1024, 2, arguments.tokens, arguments.evaluation_tokens)
         reference = make_reference(teacher, unseen)
         made = exercises(tokenizer, arguments.exercises, arguments.length, arguments.seed)
         whole = loss(teacher, made)
-        for rank, rotary in arguments.sizes:
-            mla = {"kv_lora_rank": rank, "qk_rope_head_dim": rotary}
+        for (rank, rotary), plan in zip(arguments.sizes, plans, strict=True):
             with Base.open(folder) as base:
-                plan = plan_conversion(base, f"MLA:{arguments.layers} ATT", {"mla": mla}, dtype="float32")
                 convert(plan, base, Path(scratch) / "hybrid", overwrite=True)
             student = load_model(Path(scratch) / "hybrid", torch.float32).to(device).eval()
             calibrate(student, teacher, text, ridge=1e-3, sequential=False, latents=True, pairs=True)
@@ -91,4 +89,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HyLoError as error:
+        sys.exit(f"error: {error}")

@@ -47,8 +47,8 @@ from hylo.upcycle.bases import (
     Base,
     base_digest,
     check_same_vocabulary,
-    load_config,
     load_model,
+    load_text_config,
     load_tokenizer,
     model_folder,
     resolve_base,
@@ -396,7 +396,7 @@ class UpcycleRun:
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
             with Base.open(self.base_folder) as base:
-                teacher = load_config(self.teacher_folder).get_text_config(decoder=True)
+                teacher = load_text_config(self.teacher_folder)
                 if base.config.vocab_size != teacher.vocab_size:
                     raise HyLoError(
                         f"teacher {self.recipe.teacher} has a head of {teacher.vocab_size} words, the base one of "

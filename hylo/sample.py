@@ -25,7 +25,14 @@ from hylo.files import partial_of, read_json, write_json, write_text
 from hylo.lock import LOCK_FILE, locked
 from hylo.precision import default_device, resolve_precision
 from hylo.progress import Bar
-from hylo.upcycle.bases import context_length, load_config, load_model, load_tokenizer, opened_folder, weights_digest
+from hylo.upcycle.bases import (
+    context_length,
+    load_model,
+    load_text_config,
+    load_tokenizer,
+    opened_folder,
+    weights_digest,
+)
 
 _FILE = "sample.json"
 # Samples at a time: a step of decoding costs a GPU much the same for one and for hundreds.
@@ -83,7 +90,7 @@ def write_samples(base: str, output: Path, tokens: int, sampling: Sampling) -> i
 
         check_vllm()
     with opened_folder(base) as folder:
-        config = load_config(folder).get_text_config(decoder=True)
+        config = load_text_config(folder)
         context = context_length(config, base)
         if sampling.length > context:
             raise HyLoError(f"--length {sampling.length:,}: {base} was made for {context:,} tokens")

@@ -14,7 +14,7 @@ from hylo.data.windows import make_windows
 from hylo.errors import HyLoError
 from hylo.precision import Precision, autocast, default_device, resolve_precision
 from hylo.progress import bar
-from hylo.upcycle.bases import check_same_vocabulary, load_config, load_model, load_tokenizer, opened_folder
+from hylo.upcycle.bases import check_same_vocabulary, load_model, load_text_config, load_tokenizer, opened_folder
 
 _CHUNK_TOKENS = 512
 
@@ -164,9 +164,9 @@ def score_checkpoint(
         tokenizer = load_tokenizer(folder)
         if teacher_folder is not None:
             check_same_vocabulary(tokenizer, load_tokenizer(teacher_folder))
-        words = load_config(folder).get_text_config(decoder=True).vocab_size
+        words = load_text_config(folder).vocab_size
         if teacher_folder is not None:
-            others = load_config(teacher_folder).get_text_config(decoder=True).vocab_size
+            others = load_text_config(teacher_folder).vocab_size
             if others != words:
                 raise HyLoError(f"model and teacher differ in vocabulary: {words} and {others} words")
         batches = make_windows(documents, tokenizer, length, limit_tokens=tokens, vocabulary=words).batches(2)

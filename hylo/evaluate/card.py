@@ -13,9 +13,8 @@ from hylo.errors import HyLoError
 from hylo.evaluate.page.sources import Run, Sources
 from hylo.evaluate.report import row_labels
 from hylo.evaluate.show import missing_lines, notes, score_rows, table_rows
-from hylo.evaluate.suites import read_config
 from hylo.files import write_text
-from hylo.upcycle.bases import weights_digest
+from hylo.upcycle.bases import load_text_config, weights_digest
 from hylo.upcycle.layout import format_layout
 from hylo.version import __version__
 
@@ -42,7 +41,7 @@ def made_card(folder: Path, sources: Sources) -> tuple[Path, str]:
     """
     if not (folder / "config.json").is_file():
         raise HyLoError(f"{folder} holds no config.json; expected a hybrid's checkpoint")
-    config = read_config(folder)
+    config = load_text_config(folder)
     if not isinstance(config, HyLoConfig):
         raise HyLoError(f"{folder} is no hybrid; expected a checkpoint that hylo made")
     path = folder / _CARD_FILE

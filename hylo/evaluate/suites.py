@@ -38,8 +38,8 @@ from hylo.evaluate.ruler.run import RulerPrompts, run_ruler
 from hylo.precision import Precision, default_device, resolve_precision
 from hylo.upcycle.bases import (
     context_length,
-    load_config,
     load_model,
+    load_text_config,
     load_tokenizer,
     opened_folder,
     resolve_base,
@@ -235,19 +235,9 @@ def _needs_hub(settings: Settings) -> bool:
     return bool({"commonsense", "gsm8k"} & set(settings.suites))
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Raises HyLoError where a folder's config.json is none of a causal language model."""
-    return _text(load_config(folder))
-
-
 def _config_of(path: Path) -> PreTrainedConfig:
     """Of a resolved base, before its weights are read: a GGUF file's are dequantised first."""
-    return read_config(path) if path.is_dir() else _text(load_config(path.parent, gguf_file=path.name))
-
-
-def _text(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Of a model of several parts, the part that writes."""
-    return config.get_text_config(decoder=True)
+    return load_text_config(path) if path.is_dir() else load_text_config(path.parent, gguf_file=path.name)
 
 
 def _check_documents(settings: Settings, data: LocalData, hub: bool) -> None:
@@ -295,7 +285,7 @@ def _windows(folder: Path, tokenizer: Any, settings: Settings, data: LocalData) 
     """Of the perplexity suite, where it is asked for."""
     if "perplexity" not in settings.suites:
         return []
-    length = settings.perplexity_length or min(int(read_config(folder).max_position_embeddings), 8192)
+    length = settings.perplexity_length or min(context_length(load_text_config(folder), str(folder)), 8192)
     return cut_windows(_texts(settings, data), tokenizer, length, settings.windows)
 
 
@@ -339,7 +329,7 @@ def _check_templates(references: Sequence[str], tokenizers: Sequence[Any]) -> No
 
 def describe_model(folder: Path, reference: str) -> dict[str, Any]:
     """What a checkpoint is, from its config alone: layout, cache and state."""
-    config = read_config(folder)
+    config = load_text_config(folder)
     facts: dict[str, Any] = {
         "reference": reference,
         "family": config.model_type,

@@ -2,9 +2,9 @@
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -14,7 +14,7 @@ from hylo.errors import HyLoError
 from hylo.plan.quantities import parse_contexts
 from hylo.plan.source import read_config
 from hylo.serve.parallel import check_parallel
-from hylo.serve.states import largest_state
+from hylo.serve.states import page_tokens_of_a_state
 
 # Tokens of a prompt that one step reads: what keeps a GPU busy, in little memory beside the cache.
 STEP_TOKENS = 8192
@@ -47,16 +47,13 @@ def serve_command(request: Request) -> list[str]:
         raise HyLoError(f"{request.model}: expected the model first, and options of vllm serve after it")
     config = served_config(request.model)
     check_parallel(config, request.gpus)
-    length = longest(request, config)
-    flags = {
-        "--max-model-len": str(length),
-        "--max-num-batched-tokens": str(step_tokens(request, config)),
-        "--max-num-seqs": str(most_requests(length)),
-    }
     told = with_file(request.extra)
-    if given("--no-enable-chunked-prefill", told):
-        # A step reads the longest prompt whole then; vLLM knows how large that makes it.
-        del flags["--max-num-batched-tokens"]
+    length = longest(request, config, told)
+    flags = {"--max-model-len": str(length)}
+    # Without it a step reads the longest prompt whole; vLLM knows how large that makes it.
+    if not given("--no-enable-chunked-prefill", told):
+        flags["--max-num-batched-tokens"] = str(step_tokens(request, config, told))
+    flags["--max-num-seqs"] = str(most_requests(length))
     if request.gpus > 1:
         flags["--tensor-parallel-size"] = str(request.gpus)
     command = ["vllm", "serve", request.model]
@@ -66,27 +63,21 @@ def serve_command(request: Request) -> list[str]:
     return command + list(request.extra)
 
 
-def longest(request: Request, config: HyLoConfig) -> int:
+def longest(request: Request, config: HyLoConfig, told: tuple[str, ...]) -> int:
     """Tokens of the longest request: the user's own, in vLLM's words or in ours, or the trained length."""
-    asked = value_of("--max-model-len", with_file(request.extra))
+    asked = value_of("--max-model-len", told)
     if asked is not None:
-        try:
+        # What is no length is for vLLM to read, or to refuse.
+        with suppress(HyLoError):
             return parse_contexts(asked)[0]
-        except HyLoError:
-            # For vLLM to read, or to refuse.
-            pass
     return request.context or config.max_position_embeddings
 
 
-def step_tokens(request: Request, config: HyLoConfig) -> int:
+def step_tokens(request: Request, config: HyLoConfig, told: tuple[str, ...]) -> int:
     """Tokens that a step reads. Where prefixes are kept vLLM wants a block to fit, which is as large as a state."""
-    mixers = set(config.token_mixers or [])
-    if "mla" not in mixers or not given("--enable-prefix-caching", with_file(request.extra)):
+    if "mla" not in (config.token_mixers or []) or not given("--enable-prefix-caching", told):
         return STEP_TOKENS
-    geometry: Any = config.geometry("mla")
-    state = largest_state(config, request.gpus, torch.bfloat16)
-    latent_bytes = 2 * (geometry.kv_lora_rank + geometry.qk_rope_head_dim)
-    block = -(-state.nbytes(torch.bfloat16) // latent_bytes) if state is not None else 0
+    block = page_tokens_of_a_state(config, request.gpus, torch.bfloat16) or 0
     # vLLM rounds blocks up, by its kernels' own sizes.
     return max(STEP_TOKENS, -(-(block + 512) // 1024) * 1024)
 
@@ -118,18 +109,17 @@ def with_file(extra: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def value_of(flag: str, extra: tuple[str, ...]) -> str | None:
-    """What the user gave a flag, as `given` looks for it."""
+    """What the user gave a flag, as `--flag value`, `--flag=value` or with underscores; None where it is not there."""
     for i, part in enumerate(extra):
         name, equals, value = part.partition("=")
         if part.startswith("--") and name.replace("_", "-") == flag:
-            return value if equals else next(iter(extra[i + 1 :]), None)
+            return value if equals else next(iter(extra[i + 1 :]), "")
     return None
 
 
 def given(flag: str, extra: tuple[str, ...]) -> bool:
-    """Whether the user gave a flag, as `--flag value`, `--flag=value` or with underscores."""
-    names = {part.split("=", 1)[0].replace("_", "-") for part in extra if part.startswith("--")}
-    return flag in names
+    """Whether the user gave a flag, as `value_of` looks for it."""
+    return value_of(flag, extra) is not None
 
 
 def server_environment(request: Request, current: Mapping[str, str]) -> dict[str, str]:
@@ -139,7 +129,7 @@ def server_environment(request: Request, current: Mapping[str, str]) -> dict[str
         # vLLM would ask for it to sample.
         ours["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     config = served_config(request.model)
-    if longest(request, config) > config.max_position_embeddings:
+    if longest(request, config, with_file(request.extra)) > config.max_position_embeddings:
         # vLLM takes no more than the config says, for models whose angles are a table; ours are computed.
         ours["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     return ours | dict(current)

@@ -9,10 +9,10 @@ from vllm.platforms import current_platform
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
-from hylo.serve.architecture import keeps_latents, mla_geometry, why_expanded
+from hylo.serve.architecture import keeps_latents, why_expanded
 from hylo.serve.pages import page_tokens, pages_of_a_request
 from hylo.serve.parallel import check_parallel
-from hylo.serve.states import largest_state, linear_mixers, state_shapes
+from hylo.serve.states import linear_mixers, page_tokens_of_a_state, state_shapes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,12 +59,10 @@ def check_dtypes(dtype: torch.dtype, cached: str) -> None:
 def _fill_pages(config: HyLoConfig, vllm_config: "VllmConfig") -> None:
     """Chooses the size of pages by the longest request, where the user gave none and no prefixes are kept."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    state = largest_state(config, vllm_config.parallel_config.tensor_parallel_size, model.dtype)
-    if state is None or cache.user_specified_block_size or cache.enable_prefix_caching:
+    least = page_tokens_of_a_state(config, vllm_config.parallel_config.tensor_parallel_size, model.dtype)
+    if least is None or cache.user_specified_block_size or cache.enable_prefix_caching:
         return
-    geometry, mixers = mla_geometry(config), config.token_mixers or []
-    latent = (geometry.kv_lora_rank + geometry.qk_rope_head_dim) * model.dtype.itemsize
-    least = -(-state.nbytes(model.dtype) // latent)
+    mixers = config.token_mixers or []
     pages = pages_of_a_request(mixers.count("mla"), [mixers.count(name) for name in linear_mixers(config)])
     cache.block_size = page_tokens(model.max_model_len, least, *pages)
     # Else vLLM begins anew with its own.

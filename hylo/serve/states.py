@@ -45,6 +45,17 @@ def linear_mixers(config: HyLoConfig) -> list[str]:
     return sorted(set(config.token_mixers or []) - {"attention", "mla"})
 
 
+def page_tokens_of_a_state(config: HyLoConfig, ranks: int, dtype: torch.dtype) -> int | None:
+    """Tokens of latents that take as much as the largest state: what a page of the cache has at least.
+
+    None where no mixer keeps states.
+    """
+    state = largest_state(config, ranks, dtype)
+    latents: Any = config.geometry("mla")
+    token_bytes = (latents.kv_lora_rank + latents.qk_rope_head_dim) * dtype.itemsize
+    return None if state is None else -(-state.nbytes(dtype) // token_bytes)
+
+
 def largest_state(config: HyLoConfig, ranks: int, dtype: torch.dtype) -> StateShapes | None:
     """Of the mixer with the largest states: vLLM gives every layer as much. None where no mixer has any."""
     shapes = [state_shapes(config, mixer, ranks) for mixer in linear_mixers(config)]

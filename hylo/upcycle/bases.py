@@ -312,6 +312,11 @@ def load_config(path: Path, *, gguf_file: str | None = None) -> PreTrainedConfig
         raise HyLoError(f"{where}: {reason}") from None
 
 
+def load_text_config(path: Path, *, gguf_file: str | None = None) -> PreTrainedConfig:
+    """As `load_config`; of a model of several parts, the part that writes."""
+    return load_config(path, gguf_file=gguf_file).get_text_config(decoder=True)
+
+
 def context_length(config: PreTrainedConfig, named: str) -> int:
     """Tokens that a model was made for. Raises HyLoError, naming it, where its config does not say."""
     length = getattr(config, "max_position_embeddings", None)

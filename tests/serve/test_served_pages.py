@@ -9,7 +9,9 @@ from tiny import hybrid_config
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'hylo[serve]'")
 
 from hylo.serve import settings
+from hylo.serve.architecture import mla_geometry
 from hylo.serve.pages import PAGE_MULTIPLE, page_tokens, pages_of_a_request
+from hylo.serve.states import largest_state
 
 LENGTHS = (1, 1000, 8192, 69632, 131072, 262208, 1048576, 2097152)
 
@@ -78,8 +80,8 @@ def test_what_the_user_or_a_prefix_asks_for_stays() -> None:
     assert chosen.user_specified_block_size
     assert chosen.block_size % PAGE_MULTIPLE == 0
     # A state fits into a page.
-    latent = settings.mla_geometry(config)
+    latent = mla_geometry(config)
     page = chosen.block_size * (latent.kv_lora_rank + latent.qk_rope_head_dim) * 2
-    assert page >= settings.largest_state(config, 1, torch.bfloat16).nbytes(torch.bfloat16)
+    assert page >= largest_state(config, 1, torch.bfloat16).nbytes(torch.bfloat16)
     assert filled(user_specified_block_size=True, block_size=256).block_size == 256
     assert filled(enable_prefix_caching=True).block_size == 16

@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM
 from hylo import HyLoForCausalLM
 from hylo.distill.teacher import as_hybrid
 from hylo.errors import HyLoError
-from hylo.evaluate import suites
 from hylo.plan.source import read_config
 from hylo.upcycle.bases import (
     Base,
@@ -23,6 +22,7 @@ from hylo.upcycle.bases import (
     check_same_vocabulary,
     companion_files,
     load_model,
+    load_text_config,
     load_tokenizer,
     model_folder,
     opened_folder,
@@ -166,7 +166,7 @@ def test_bad_config(copied: Path, config: str) -> None:
         ({"id2label": {"a": 1}}, "config.json: "),
     ],
 )
-@pytest.mark.parametrize("read", [Base.open, load_model, read_config, suites.read_config])
+@pytest.mark.parametrize("read", [Base.open, load_model, read_config, load_text_config])
 def test_values_of_a_config_that_make_no_model(
     copied: Path, changed: dict[str, Any], named: str, read: Callable[[Any], Any]
 ) -> None:
