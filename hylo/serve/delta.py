@@ -120,12 +120,13 @@ class ServedDelta(LinearLayer):
         output.copy_(made.flatten(1))
 
     def warm_up(self, rows: Tensor) -> None:
-        from hylo.serve.gpu import delta
+        from hylo.serve.gpu import delta, groups
 
         state = torch.zeros(2, *self.shapes.recurrent, device=rows.device)
         parts = self.heads(rows[:, : self.convolved_size])
-        prompt = delta.one_prompt(rows.shape[0], rows.device)
-        delta.prefill(*parts, *self.gates(rows), self.A_log, self.dt_bias, state, prompt)
+        for count in (1, groups.most_prompts(self.shapes.recurrent)):
+            prompts = groups.short_prompts(rows.shape[0], min(count, self.most_requests), rows.device)
+            delta.prefill(*parts, *self.gates(rows), self.A_log, self.dt_bias, state, prompts)
 
     def gated(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """The output: norm, gate, projection; `[T, H * V]` each to `[T, D]`."""

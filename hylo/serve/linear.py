@@ -39,6 +39,7 @@ class LinearLayer(nn.Module, MambaBase):
         self.shapes, self.prefix = shapes, prefix
         self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.kv_cache = (torch.tensor([]), torch.tensor([]))
+        self.most_requests: int = vllm_config.scheduler_config.max_num_seqs
         # The most tokens that kernels have been tried on.
         self.warmed_up = 0
         layers = vllm_config.compilation_config.static_forward_context
@@ -104,7 +105,10 @@ class LinearLayer(nn.Module, MambaBase):
             output[begin:end], past[slot], state[slot] = made[0], after[0], last[0]
 
     def warm_up(self, rows: Tensor) -> None:
-        """Runs the kernels on one prompt of `[T, ...]`: they choose their block sizes, and vLLM sees their memory."""
+        """Runs the kernels on `[T, ...]`: they choose their block sizes, and vLLM sees their memory.
+
+        Once as one prompt, and once as so many as share a call.
+        """
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         return self.shapes.both

@@ -117,14 +117,15 @@ class ServedMamba2(LinearLayer):
         mamba2.prefill(x, dt.contiguous(), -self.A_log.exp(), B, C, self.D, self.dt_bias, state, metadata, made)
 
     def warm_up(self, rows: Tensor) -> None:
-        from hylo.serve.gpu import delta, mamba2
+        from hylo.serve.gpu import groups, mamba2
 
         inputs, dt = rows.split([self.convolved_size, self.num_heads], dim=-1)
         state = torch.zeros(2, *self.shapes.recurrent, device=rows.device)
         x, B, C = self.heads(inputs)
-        prompt = delta.one_prompt(rows.shape[0], rows.device, MAMBA2_CHUNK)
         made = torch.empty_like(C)
-        mamba2.prefill(x, dt.contiguous(), -self.A_log.exp(), B, C, self.D, self.dt_bias, state, prompt, made)
+        for count in (1, groups.most_prompts(self.shapes.recurrent)):
+            prompts = groups.short_prompts(rows.shape[0], min(count, self.most_requests), rows.device, MAMBA2_CHUNK)
+            mamba2.prefill(x, dt.contiguous(), -self.A_log.exp(), B, C, self.D, self.dt_bias, state, prompts, made)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:

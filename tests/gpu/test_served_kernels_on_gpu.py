@@ -68,6 +68,15 @@ def prompts(chunk: int = 64) -> Any:
     )
 
 
+@pytest.fixture(params=[1, 2, 3])
+def grouped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of which so many share a call of the recurrence."""
+    from hylo.serve.gpu import delta, mamba2
+
+    for module in (delta, mamba2):
+        monkeypatch.setattr(module, "most_prompts", lambda shape: request.param)
+
+
 def same(found: Tensor, expected: Tensor) -> None:
     assert found.shape == expected.shape
     assert (found.float() - expected.float()).abs().max() < TOLERANCE * expected.float().abs().max()
@@ -139,6 +148,7 @@ def test_convolution(biased: bool) -> None:
 @pytest.mark.parametrize(
     ("rule", "key", "value"), [("gdn", 64, 64), ("gdn", 128, 128), ("gdn", 256, 512), ("kda", 64, 64)]
 )
+@pytest.mark.usefixtures("grouped")
 def test_delta_rules(rule: str, key: int, value: int) -> None:
     from hylo.serve.gpu import delta
 
@@ -175,6 +185,7 @@ def test_delta_rules(rule: str, key: int, value: int) -> None:
     assert torch.equal(state[0], padding)
 
 
+@pytest.mark.usefixtures("grouped")
 def test_mamba2() -> None:
     from hylo.serve.gpu import mamba2
 

@@ -3,7 +3,6 @@
 Keys may have up to 256 values a head. States are `[H, V, K]` float32, in vLLM's slots; slot 0 is padding and is left.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,29 +17,11 @@ from vllm.third_party.flash_linear_attention.ops.kda import chunk_kda_with_fused
 from vllm.triton_utils import triton
 from vllm.triton_utils.allocation import set_triton_allocator
 
+from hylo.serve.gpu.groups import groups, most_prompts
+
 # Of one token of a request: value channels, beside 256 of a key, and warps of a program. vLLM's own 32 and 4 take 1.3
 # to 1.7 times as long (benchmarks/decode_kernels.py --shapes).
 VALUES, WARPS = 16, 1
-
-
-def one_prompt(tokens: int, device: torch.device, chunk: int = 64) -> Any:
-    """Metadata as vLLM's of a single prompt that begins, for trying kernels on.
-
-    Args:
-        chunk: tokens of a chunk of Mamba-2's kernels.
-    """
-    ends = [*range(0, tokens, chunk), tokens]
-    made = {
-        "query_start_loc_p": [0, tokens],
-        "state_indices_tensor_p": [1],
-        "cu_chunk_seqlen_p": ends,
-        "last_chunk_indices_p": [len(ends) - 2],
-        "seq_idx_p": [0] * (len(ends) - 1),
-    }
-    tensors = {name: torch.tensor(values, dtype=torch.int32, device=device) for name, values in made.items()}
-    return SimpleNamespace(
-        has_initial_states_p=torch.zeros(1, dtype=torch.bool, device=device), chunk_size=chunk, **tensors
-    )
 
 
 def convolve_one(inputs: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, slots: Tensor) -> Tensor:
@@ -71,11 +52,11 @@ def convolve_many(inputs: Tensor, weight: Tensor, bias: Tensor | None, past: Ten
     ).transpose(0, 1)
 
 
-def initial_states(state: Tensor, metadata: Any) -> Tensor:
-    """Of each prompt, zeros where it begins, `[N, H, V, K]`."""
-    held = state[metadata.state_indices_tensor_p]
-    # In place: of many prompts in a step the states are large.
-    return held.masked_fill_(~metadata.has_initial_states_p[:, None, None, None], 0)
+def initial_states(state: Tensor, metadata: Any, prompts: slice) -> Tensor:
+    """Of each of these prompts, zeros where it begins, `[N, H, V, K]`."""
+    held = state[metadata.state_indices_tensor_p[prompts]]
+    # In place: of many prompts the states are large.
+    return held.masked_fill_(~metadata.has_initial_states_p[prompts, None, None, None], 0)
 
 
 def decode(
@@ -164,21 +145,24 @@ def prefill(
     """
     # Some of the kernels take scratch memory, which shall be torch's.
     set_triton_allocator(q.device)
-    beta = b.float().sigmoid()[None]
-    common: dict[str, Any] = {
-        "q": q[None],
-        "k": k[None],
-        "v": v[None],
-        "beta": beta,
-        "initial_state": initial_states(state, metadata),
-        "output_final_state": True,
-        "use_qk_l2norm_in_kernel": True,
-        "cu_seqlens": metadata.query_start_loc_p,
-    }
-    if decays.dim() == 3:
-        out, last = chunk_kda_with_fused_gate(raw_g=decays[None], A_log=A_log, g_bias=dt_bias, **common)
-    else:
-        g = -A_log.exp() * functional.softplus(decays.float() + dt_bias)
-        out, last = chunk_gated_delta_rule(g=g[None], **common)
-    state[metadata.state_indices_tensor_p] = last.to(state.dtype)
-    return out[0]
+    made = []
+    for group in groups(metadata, most_prompts(state.shape[1:])):
+        mine = group.tokens
+        common: dict[str, Any] = {
+            "q": q[None, mine],
+            "k": k[None, mine],
+            "v": v[None, mine],
+            "beta": b[None, mine].float().sigmoid(),
+            "initial_state": initial_states(state, metadata, group.prompts),
+            "output_final_state": True,
+            "use_qk_l2norm_in_kernel": True,
+            "cu_seqlens": group.offsets,
+        }
+        if decays.dim() == 3:
+            out, last = chunk_kda_with_fused_gate(raw_g=decays[None, mine], A_log=A_log, g_bias=dt_bias, **common)
+        else:
+            g = -A_log.exp() * functional.softplus(decays[None, mine].float() + dt_bias)
+            out, last = chunk_gated_delta_rule(g=g, **common)
+        state[metadata.state_indices_tensor_p[group.prompts]] = last.to(state.dtype)
+        made.append(out[0])
+    return made[0] if len(made) == 1 else torch.cat(made)

@@ -7,6 +7,7 @@ from vllm.model_executor.layers.mamba.ops.mamba_ssm import selective_state_updat
 from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
 from hylo.serve.gpu.delta import initial_states
+from hylo.serve.gpu.groups import groups, most_prompts
 
 
 def decode(
@@ -59,22 +60,24 @@ def prefill(
     output: Tensor,
 ) -> None:
     """Some tokens of each prompt, `[T, H, hd]`, end to end; leaves in `state` what follows the last of each."""
-    last = mamba_chunk_scan_combined_varlen(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size=metadata.chunk_size,
-        cu_seqlens=metadata.query_start_loc_p,
-        cu_chunk_seqlens=metadata.cu_chunk_seqlen_p,
-        last_chunk_indices=metadata.last_chunk_indices_p,
-        seq_idx=metadata.seq_idx_p,
-        out=output,
-        D=D,
-        dt_bias=dt_bias,
-        initial_states=initial_states(state, metadata),
-        dt_softplus=True,
-        state_dtype=state.dtype,
-    )
-    state[metadata.state_indices_tensor_p] = last
+    for group in groups(metadata, most_prompts(state.shape[1:])):
+        mine = group.tokens
+        last = mamba_chunk_scan_combined_varlen(
+            x[mine],
+            dt[mine],
+            A,
+            B[mine],
+            C[mine],
+            chunk_size=metadata.chunk_size,
+            cu_seqlens=group.offsets,
+            cu_chunk_seqlens=group.chunk_offsets,
+            last_chunk_indices=group.last_chunks,
+            seq_idx=group.chunk_prompts,
+            out=output[mine],
+            D=D,
+            dt_bias=dt_bias,
+            initial_states=initial_states(state, metadata, group.prompts),
+            dt_softplus=True,
+            state_dtype=state.dtype,
+        )
+        state[metadata.state_indices_tensor_p[group.prompts]] = last
