@@ -43,7 +43,7 @@ def exercises(tokenizer: Any, count: int, length: int, seed: int) -> list[tuple[
         exercise = make_exercise(TASKS[number % len(TASKS)], rng, distractors, round(length * _CHARACTERS_A_TOKEN))
         ids = tokenizer(exercise.text, add_special_tokens=False)["input_ids"]
         answered: list[int] = []
-        for question, answer in exercise.questions[:_QUESTIONS]:
+        for question, answer, _ in exercise.questions[:_QUESTIONS]:
             ids += tokenizer(f"\n\nQuestion: {question}\nAnswer:", add_special_tokens=False)["input_ids"]
             own = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
             answered += range(len(ids), len(ids) + len(own))

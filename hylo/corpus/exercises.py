@@ -70,7 +70,7 @@ def write_exercises(spec: CorpusSpec, output: Path) -> dict[str, Any]:
                 counts[f"{exercise.task}"] += 1
                 counts[f"{length} tokens"] += 1
                 if rng.random() < wanted.chats:
-                    chats.write({"name": name, "messages": as_chat(exercise)})
+                    chats.write({"name": name, "messages": as_chat(exercise, sentences=rng.random() < 0.5)})
                 else:
                     texts.write({"name": name, "text": as_text(exercise, rng)})
         told[place] = dict(counts)
@@ -116,14 +116,22 @@ def as_text(exercise: Exercise, rng: random.Random) -> str:
     """The text, then questions and answers, in one of several forms."""
     introduction = rng.choice(_INTRODUCTIONS)
     before, between = rng.choice(_FORMS)
-    asked = [f"{before}{question}{between}{answer}" for question, answer in exercise.questions]
+    # Where answers are sentences, some follow at once on what was asked, as one goes on writing.
+    form = rng.random()
+    if form < 0.5:
+        asked = [f"{before}{each.question}{between}{each.answer}" for each in exercise.questions]
+    elif form < 0.75:
+        asked = [f"{before}{each.question}{between}{each.sentence or each.answer}" for each in exercise.questions]
+    else:
+        asked = [f"{each.question} {each.sentence or each.answer}" for each in exercise.questions]
     return "\n\n".join(part for part in (introduction, exercise.text, *asked) if part)
 
 
-def as_chat(exercise: Exercise) -> list[dict[str, str]]:
-    """The text with the first question, and the others one turn each."""
+def as_chat(exercise: Exercise, sentences: bool = False) -> list[dict[str, str]]:
+    """The text with the first question, and the others one turn each; answered in `sentences` where there are such."""
     messages = []
-    for number, (question, answer) in enumerate(exercise.questions):
-        content = question if number else f"{exercise.text}\n\n{question}"
+    for number, each in enumerate(exercise.questions):
+        content = f"{exercise.text}\n\n{each.question}" if not number else each.question
+        answer = each.sentence if each.sentence and sentences else each.answer
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return messages

@@ -6,11 +6,23 @@ text alone. None uses a prompt of RULER.
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hylo.corpus import words
 from hylo.corpus.words import distinct, scattered
+
+
+class Question(NamedTuple):
+    """What is asked, what is answered, and the same in a whole sentence, where there is one.
+
+    The sentence goes on from the question's own words to the answer: a model must know when to stop repeating.
+    """
+
+    question: str
+    answer: str
+    sentence: str = ""
 
 
 @dataclass(frozen=True)
@@ -19,12 +31,14 @@ class Exercise:
 
     task: str
     text: str
-    questions: list[tuple[str, str]]
+    questions: list[Question]
 
 
 # So many characters of distractor paragraphs.
 Paragraphs = Callable[[random.Random, int], list[str]]
-Make = Callable[[random.Random, Paragraphs, int], tuple[str, list[tuple[str, str]]]]
+# A text, and what is asked: questions and answers, and sentences where there are such.
+Asked = Sequence[tuple[str, str] | tuple[str, str, str]]
+Make = Callable[[random.Random, Paragraphs, int], tuple[str, Asked]]
 
 
 def _facts_in(rng: random.Random, characters: int, each: int, most: int = 400) -> int:
@@ -41,12 +55,19 @@ def _asked(rng: random.Random, items: list[str], most: int = 12) -> list[str]:
     return rng.sample(items, min(len(items), rng.randint(4, most)))
 
 
-def _deliveries(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tuple[str, list[tuple[str, str]]]:
+def _deliveries(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tuple[str, Asked]:
     """Keys and values in sentences."""
     people = distinct(rng, words.person, _facts_in(rng, characters, 60))
     bays = dict(zip(people, distinct(rng, words.code, len(people)), strict=True))
     facts = [f"The parcel addressed to {who} is waiting in bay {bay}." for who, bay in bays.items()]
-    asked = [(f"In which bay is the parcel addressed to {who}?", f"Bay {bays[who]}.") for who in _asked(rng, people)]
+    asked = [
+        (
+            f"In which bay is the parcel addressed to {who}?",
+            f"Bay {bays[who]}.",
+            f"The parcel addressed to {who} is waiting in bay {bays[who]}.",
+        )
+        for who in _asked(rng, people)
+    ]
     return _hidden(rng, paragraphs, characters, facts), asked
 
 
@@ -256,6 +277,71 @@ def _places(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tupl
     return text, list(dict.fromkeys(asked))[:8]
 
 
+def _listed(rng: random.Random, items: list[str]) -> str:
+    """What ends a sentence that lists, after its verb."""
+    form = rng.randrange(4)
+    if form == 0:
+        return f" {_joined(items)}."
+    if form == 1:
+        return f": {', '.join(items)}."
+    marks = [f"{number}." for number in range(1, len(items) + 1)] if form == 2 else ["-"] * len(items)
+    return ":\n" + "\n".join(f"{mark} {item}" for mark, item in zip(marks, items, strict=True))
+
+
+def _joined(items: list[str]) -> str:
+    return " and ".join(part for part in (", ".join(items[:-1]), items[-1]) if part)
+
+
+def _serials(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tuple[str, Asked]:
+    """Keys and long values, of which each sign is to be copied."""
+    things = distinct(rng, words.thing, _facts_in(rng, characters, 100, most=200))
+    serials = dict(zip(things, distinct(rng, words.serial, len(things)), strict=True))
+    facts = [f"Stamped into the {thing} one reads {serial}." for thing, serial in serials.items()]
+    asked = [
+        (
+            f"What does one read stamped into the {thing}?",
+            serials[thing],
+            f"Stamped into the {thing}{rng.choice((' is', ' one reads', ':'))} {serials[thing]}.",
+        )
+        for thing in _asked(rng, things, 8)
+    ]
+    return _hidden(rng, paragraphs, characters, facts), asked
+
+
+def _tickets(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tuple[str, Asked]:
+    """Several values of a key, all of which are asked for, in the order of the text."""
+    people = distinct(rng, words.person, max(3, _facts_in(rng, characters, 60, most=240) // 3))
+    sizes = [rng.randint(1, 5) for _ in people]
+    tickets = distinct(rng, words.number, sum(sizes))
+    draws = [who for who, size in zip(people, sizes, strict=True) for _ in range(size)]
+    rng.shuffle(draws)
+    drawn: dict[str, list[str]] = {who: [] for who in people}
+    for who, ticket in zip(draws, tickets, strict=True):
+        drawn[who].append(ticket)
+    facts = [f"{who} drew ticket {ticket}." for who, ticket in zip(draws, tickets, strict=True)]
+    asked = []
+    for who in _asked(rng, people, 6):
+        sentence = f"The tickets drawn by {who} are" if len(drawn[who]) > 1 else f"The only ticket drawn by {who} is"
+        asked.append((f"Which tickets did {who} draw?", _joined(drawn[who]), sentence + _listed(rng, drawn[who])))
+    return _hidden(rng, paragraphs, characters, facts), asked
+
+
+def _lockers(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tuple[str, Asked]:
+    """Values of several keys at once, in the order of the question."""
+    people = distinct(rng, words.person, _facts_in(rng, characters, 60))
+    lockers = dict(zip(people, distinct(rng, words.number, len(people)), strict=True))
+    facts = [f"{who} keeps the key to locker {locker}." for who, locker in lockers.items()]
+    asked = []
+    for _ in range(rng.randint(3, 6)):
+        chosen = rng.sample(people, rng.randint(1, min(5, len(people))))
+        values = [lockers[who] for who in chosen]
+        several = "lockers" if len(chosen) > 1 else "locker"
+        question = f"To which {several} do {_joined(chosen)} keep the keys?"
+        sentence = f"The {several} of {_joined(chosen)} {'are' if len(chosen) > 1 else 'is'}{_listed(rng, values)}"
+        asked.append((question, _joined(values), sentence))
+    return _hidden(rng, paragraphs, characters, facts), asked
+
+
 TASKS: dict[str, Make] = {
     "deliveries": _deliveries,
     "settings": _settings,
@@ -271,10 +357,13 @@ TASKS: dict[str, Make] = {
     "copying": _copying,
     "continuing": _continuing,
     "places": _places,
+    "serials": _serials,
+    "tickets": _tickets,
+    "lockers": _lockers,
 }
 
 
 def make_exercise(task: str, rng: random.Random, paragraphs: Paragraphs, characters: int) -> Exercise:
     """An exercise of about so many characters. It may have no question where the paragraphs allow none."""
     text, questions = TASKS[task](rng, paragraphs, characters)
-    return Exercise(task, text, questions)
+    return Exercise(task, text, [Question(*asked) for asked in questions])

@@ -50,6 +50,27 @@ def code(rng: random.Random) -> str:
     return f"{rng.choice('ABCDEFGHJKLMNPRSTUVWXYZ')}{rng.randint(100, 99999)}"
 
 
+def number(rng: random.Random) -> str:
+    """Of 4 to 9 digits."""
+    return str(rng.randint(1000, 10 ** rng.randint(4, 9) - 1))
+
+
+def serial(rng: random.Random) -> str:
+    """Longer than anyone remembers: hexadecimal, in groups or whole, letters and digits in groups, or digits."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return "-".join(_drawn(rng, "0123456789abcdef", size) for size in (8, 4, 4, 4, 12))
+    if kind == 1:
+        return _drawn(rng, "0123456789abcdef", rng.choice((16, 24, 32, 40)))
+    if kind == 2:
+        return "-".join(_drawn(rng, "ABCDEFGHJKLMNPQRSTUVWXYZ23456789", 5) for _ in range(rng.randint(3, 5)))
+    return _drawn(rng, "0123456789", rng.randint(10, 20))
+
+
+def _drawn(rng: random.Random, letters: str, count: int) -> str:
+    return "".join(rng.choices(letters, k=count))
+
+
 def setting(rng: random.Random) -> str:
     return f"{rng.choice(SETTINGS)}.{rng.choice(SETTINGS)}_{rng.choice(SETTINGS)}"
 

@@ -135,6 +135,27 @@ def places(text: str, question: str) -> str:
     return re.findall(r"^## (.*)$", before, re.MULTILINE)[-1]
 
 
+def serials(text: str, question: str) -> str:
+    thing = asked(r"What does one read stamped into the (.*)\?", question)
+    (serial,) = re.findall(rf"Stamped into the {thing} one reads ([\w-]+)\.", text)
+    return serial
+
+
+def joined(values: list[str]) -> str:
+    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} and {values[-1]}"
+
+
+def tickets(text: str, question: str) -> str:
+    who = asked(r"Which tickets did (.*) draw\?", question)
+    return joined(re.findall(rf"{who} drew ticket (\d+)\.", text))
+
+
+def lockers(text: str, question: str) -> str:
+    people = re.split(", | and ", asked(r"To which lockers? do (.*) keep the keys\?", question))
+    kept = dict(found(r"([A-Z]\w+ [A-Z]\w+) keeps the key to locker (\d+)\.", text))
+    return joined([kept[who] for who in people])
+
+
 SOLVERS: dict[str, Solve] = {
     "deliveries": deliveries,
     "settings": settings,
@@ -150,6 +171,9 @@ SOLVERS: dict[str, Solve] = {
     "copying": copying,
     "continuing": continuing,
     "places": places,
+    "serials": serials,
+    "tickets": tickets,
+    "lockers": lockers,
 }
 
 
@@ -170,8 +194,12 @@ def test_answers_follow_from_the_text(task: str) -> None:
     made = exercises(task)
     assert all(exercise.questions for exercise in made)
     for exercise in made:
-        for question, answer in exercise.questions:
+        for question, answer, sentence in exercise.questions:
             assert SOLVERS[task](exercise.text, question) == answer
+            # The sentence has the same values in the same order, and no others.
+            values = r"[0-9A-Fa-f-]{16,}|[0-9A-Z]{5}(?:-[0-9A-Z]{5})+|\d{4,}"
+            assert not sentence or re.findall(values, sentence) == re.findall(values, answer)
+            assert bool(sentence) == (task in ("deliveries", "serials", "tickets", "lockers"))
 
 
 @pytest.mark.parametrize("task", list(TASKS))
@@ -200,9 +228,9 @@ def test_none_is_worded_as_ruler_is() -> None:
     theirs = set().union(*(runs_of(fixed_words(template)) for template in templates))
     for task in TASKS:
         for exercise in exercises(task)[:4]:
-            text = as_text(exercise, random.Random(0))
-            chat = "\n".join(message["content"] for message in as_chat(exercise))
-            for said in (text, chat):
+            texts = [as_text(exercise, random.Random(seed)) for seed in range(8)]
+            chats = [as_chat(exercise, sentences) for sentences in (False, True)]
+            for said in texts + ["\n".join(message["content"] for message in chat) for chat in chats]:
                 assert not runs_of(fixed_words(said)) & theirs
                 assert "magic" not in said
                 assert "VAR " not in said
@@ -214,5 +242,16 @@ def test_a_chat_has_every_question_once() -> None:
     messages = as_chat(exercise)
     assert [message["role"] for message in messages] == ["user", "assistant"] * len(exercise.questions)
     assert messages[0]["content"].startswith(exercise.text)
-    assert [message["content"] for message in messages[1::2]] == [answer for _, answer in exercise.questions]
+    assert [message["content"] for message in messages[1::2]] == [each.answer for each in exercise.questions]
     assert sum(message["content"].count(exercise.text) for message in messages) == 1
+
+
+def test_a_sentence_follows_a_question_at_once_or_as_its_answer() -> None:
+    exercise = exercises("lockers")[0]
+    texts = {as_text(exercise, random.Random(seed)).partition(exercise.text)[2] for seed in range(40)}
+    question, answer, sentence = exercise.questions[0]
+    assert any(f"\n\n{question} {sentence}" in text for text in texts)
+    assert any(f"{question}\nAnswer: {sentence}" in text for text in texts)
+    assert any(f"{question}\nAnswer: {answer}" in text for text in texts)
+    chat = as_chat(exercise, sentences=True)
+    assert [message["content"] for message in chat[1::2]] == [each.sentence for each in exercise.questions]
