@@ -185,13 +185,13 @@ class UpcycleRun:
         recipe = self.recipe
         training = [self._stage_step(i, stage) for i, stage in enumerate(recipe.stages)]
         data = self._data
-        steps = [
-            Step(
-                "convert",
-                [self._base_digest, recipe.layout, recipe.geometry, recipe.start, self._rope_scaling],
-                self._convert,
-            )
-        ]
+        if recipe.student is not None:
+            # The base is what it is compared with, and taught by unless there is a teacher.
+            digest = base_digest(resolve_base(recipe.student))
+            steps = [Step("student", [self._base_digest, digest], self._take_student)]
+        else:
+            begins = [self._base_digest, recipe.layout, recipe.geometry, recipe.start, self._rope_scaling]
+            steps = [Step("convert", begins, self._convert)]
         if recipe.calibration is not None:
             depends = [recipe.calibration.model_dump(), data, recipe.seed, str(self.dtype)]
             steps.append(Step("calibrate", depends, self._calibrate))
@@ -216,7 +216,14 @@ class UpcycleRun:
         before = self.step_names[: self.step_names.index(name)]
         return self.output / [step for step in before if step in self.checkpoints][-1]
 
+    def _take_student(self, folder: Path) -> dict[str, Any]:
+        assert self.recipe.student is not None
+        model = load_model(resolve_base(self.recipe.student), torch.float32)
+        save_checkpoint(model, folder, self.base_folder)
+        return {"parameters": model.num_parameters()}
+
     def _convert(self, folder: Path) -> dict[str, Any]:
+        assert self.recipe.layout is not None
         with Base.open(self.base_folder) as base:
             plan = plan_conversion(
                 base,
@@ -384,15 +391,7 @@ class UpcycleRun:
         resolve_base(self.recipe.base)
         if self.recipe.teacher is not None:
             resolve_base(self.recipe.teacher)
-        with Base.open(self.base_folder) as base:
-            plan = plan_conversion(
-                base,
-                self.recipe.layout,
-                self.recipe.geometry,
-                start=self.recipe.start,
-                rope_scaling=self._rope_scaling,
-            )
-        self._check_steps(plan.config)
+        self._check_steps(self._hybrid_config())
         if self.recipe.teacher is not None:
             check_same_vocabulary(self.tokenizer, load_tokenizer(self.teacher_folder))
             with Base.open(self.base_folder) as base:
@@ -402,6 +401,31 @@ class UpcycleRun:
                         f"teacher {self.recipe.teacher} has a head of {teacher.vocab_size} words, the base one of "
                         f"{base.config.vocab_size}"
                     )
+
+    def _hybrid_config(self) -> HyLoConfig:
+        """Of what the run begins with. Raises HyLoError where it cannot be made, or does not fit the base."""
+        recipe = self.recipe
+        with Base.open(self.base_folder) as base:
+            if recipe.student is None:
+                assert recipe.layout is not None
+                plan = plan_conversion(
+                    base, recipe.layout, recipe.geometry, start=recipe.start, rope_scaling=self._rope_scaling
+                )
+                return plan.config
+            folder = resolve_base(recipe.student)
+            if not folder.is_dir():
+                raise HyLoError(f"student {recipe.student} is a file; expected the folder of a hybrid")
+            config = load_text_config(folder)
+            if not isinstance(config, HyLoConfig):
+                raise HyLoError(
+                    f"student {recipe.student} is no hybrid but {config.model_type}; expected what hylo wrote"
+                )
+            layerwise = any(stage.objective == "layerwise" for stage in recipe.stages)
+            for name in ("vocab_size", *(("hidden_size", "num_hidden_layers") if layerwise else ())):
+                ours, theirs = getattr(config, name), getattr(base.config, name)
+                if ours != theirs:
+                    raise HyLoError(f"student {recipe.student} has {name} {ours}, base {recipe.base} {theirs}")
+            return config
 
     def _check_steps(self, config: HyLoConfig) -> None:
         """What later steps would refuse of the hybrid, and of text: too short for windows, or none that is left."""

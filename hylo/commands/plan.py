@@ -72,7 +72,8 @@ def plan(
     given: dict[str, Any] = {"gpu": gpu, "mfu": mfu}
     pace = Pace(**{name: value for name, value in given.items() if value is not None})
     spec = load_recipe(recipe) if recipe is not None else None
-    source = base or (str(config) if config is not None else spec.base if spec is not None else None)
+    named = (spec.student or spec.base) if spec is not None else None
+    source = base or (str(config) if config is not None else named)
     if source is None:
         raise HyLoError("plan needs a BASE, a --config or a --recipe")
     sizes = parse_geometry(geometry) if geometry else spec.geometry if spec is not None else {}

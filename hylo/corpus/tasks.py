@@ -268,7 +268,7 @@ def _places(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tupl
     titles = distinct(rng, words.thing, len(sections))
     text = "\n\n".join(f"## The {title}\n\n" + "\n\n".join(part) for title, part in zip(titles, sections, strict=True))
     asked = []
-    for at in rng.choices(range(len(sections)), k=12):
+    for at in rng.choices(range(len(sections)), k=12 if sections else 0):
         parts = rng.choice(sections[at]).split(" ")
         start = rng.randrange(max(1, len(parts) - 10))
         quote = " ".join(parts[start : start + 10])

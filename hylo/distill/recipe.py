@@ -208,6 +208,8 @@ class Recipe(Section):
         base: a model folder, a hub id, a GGUF file, or package:NAME.
         teacher: of the `kl` stages; the base by default. Stage 1 and calibration always use the base.
         layout: 8MLA22GDN, `MLA:1,5,9 GDN`, or a list with one mixer name a layer.
+        student: in place of a layout, a hybrid of this base that is trained further; then geometry, start,
+            rope_scaling and calibration, which are for new ones, are not given. A stage may still scale its rotations.
         geometry: mixer sizes that differ from those derived from the base, by mixer name; or `paper`, the published
             sizes for a base that has some.
         start: what the mixers begin as: `aligned`, near attention, or `paper`, as published.
@@ -224,7 +226,8 @@ class Recipe(Section):
 
     base: str
     teacher: str | None = None
-    layout: str | list[str]
+    layout: str | list[str] | None = None
+    student: str | None = None
     geometry: Annotated[dict[str, dict[str, Any]] | Literal["paper"], BeforeValidator(_not_other_text)] = Field(
         default_factory=dict
     )
@@ -243,9 +246,25 @@ class Recipe(Section):
     report_to: list[Literal["tensorboard", "wandb"]] | None = None
 
     @model_validator(mode="after")
+    def _begins_somewhere(self) -> "Recipe":
+        if self.student is None:
+            if self.layout is None:
+                raise ValueError("layout is missing; expected one such as 8MLA22GDN, or a student to train further")
+            return self
+        begins = ("layout", "geometry", "start", "rope_scaling", "calibration")
+        given = [
+            name
+            for name in begins
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        ]
+        if given:
+            raise ValueError(f"{given[0]} is for a new hybrid; student {self.student} has its own")
+        return self
+
+    @model_validator(mode="after")
     def _names_differ(self) -> "Recipe":
         names = [stage.name for stage in self.stages]
-        taken = {"base", "teacher", "convert", "calibrate", "model", "evaluate", "report", "tensorboard"}
+        taken = {"base", "teacher", "student", "convert", "calibrate", "model", "evaluate", "report", "tensorboard"}
         for name in names:
             if names.count(name) > 1 or name in taken:
                 raise ValueError(

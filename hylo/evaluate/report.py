@@ -79,7 +79,7 @@ def write_report(
         "layout": format_layout(config.token_mixers or []),
         "token_mixers": config.token_mixers,
         "mixer_geometry": config.mixer_geometry,
-        "parameters": steps["convert"]["result"]["parameters"],
+        "parameters": steps["convert" if recipe.student is None else "student"]["result"]["parameters"],
         "base_parameters": base_parameters,
         "cache_bytes_per_token": config.cache_bytes(1, element),
         "base_cache_bytes_per_token": config.base_cache_elements_per_token * element,
@@ -136,7 +136,7 @@ def report_table(report: Mapping[str, Any]) -> Table:
 
 def row_labels(report: Mapping[str, Any]) -> dict[str, str]:
     """How each scored checkpoint is called."""
-    names = {"base": "base", "convert": "converted", "calibrate": "calibrated"}
+    names = {"base": "base", "student": "the student given", "convert": "converted", "calibrate": "calibrated"}
     return {name: names.get(name, f"after {name}") for name in report["scores"]}
 
 
