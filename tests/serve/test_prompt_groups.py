@@ -75,7 +75,7 @@ def test_prompts_to_try_kernels_on(tokens: int, count: int, chunk: int | None) -
 
 
 def test_sizes_of_groups() -> None:
-    """3B: 6 heads of 256/512, 3 MiB a prompt. A state larger than the bound goes alone."""
+    """Six heads of 256/512 are 3 MiB a prompt. A state larger than the bound goes alone."""
     assert most_prompts((6, 512, 256)) == 42
     assert most_prompts((9, 64, 64)) == 910
     assert most_prompts((STATE_BYTES, 1, 1)) == 1
