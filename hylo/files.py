@@ -13,7 +13,9 @@ from hylo.errors import HyLoError
 
 
 def expand_user(path: str | Path) -> Path:
-    """With ~ spelled out. Raises HyLoError where that user does not exist."""
+    """With ~ spelled out. Raises HyLoError where that user does not exist, or no path can be so named."""
+    if "\0" in str(path):
+        raise HyLoError(f"{str(path)!r} is no path: it holds a null character")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hylo.errors import HyLoError
-from hylo.files import atomic_directory, read_json, write_json
+from hylo.files import atomic_directory, expand_user, read_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -148,3 +148,8 @@ def test_an_error_of_writing_names_what_is_written(tmp_path: Path) -> None:
     # One that names a file keeps it.
     with pytest.raises(FileNotFoundError, match="nothing"), atomic_directory(tmp_path / "out") as work:
         (work / "nothing").read_text()
+
+
+def test_a_path_with_a_null_character() -> None:
+    with pytest.raises(HyLoError, match="no path"):
+        expand_user("a\0b")

@@ -36,8 +36,15 @@ def report(
         raise HyLoError(f"{output} is a folder; expected a file such as {output / 'report.html'}")
     if output.is_file() and not _is_page(output):
         raise HyLoError(f"{output} is no page; expected a new file, or one that was made here")
-    page = report_page(places, title)
-    files = [(output, page)] + ([made_card(card, read_sources(places))] if card is not None else [])
+    try:
+        page = report_page(places, title)
+        files = [(output, page)] + ([made_card(card, read_sources(places))] if card is not None else [])
+    except HyLoError:
+        raise
+    # What was read is looked at where it is shown: whoever edits such a file can make it anything.
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        named = ", ".join(map(str, places))
+        raise HyLoError(f"{named}: not as hylo writes it: {type(error).__name__} {error}") from error
     for path, text in files:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

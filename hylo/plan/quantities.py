@@ -5,6 +5,8 @@ import re
 from hylo.errors import HyLoError
 
 GIB = 2**30
+# Of a number: more are no size of anything, and beyond what Python reads.
+_DIGITS = 15
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 
@@ -12,18 +14,20 @@ def parse_contexts(text: str, option: str = "--context") -> list[int]:
     """`8K,64K,1M` to tokens, K being 1,024. Raises HyLoError, naming the option, on anything else."""
     contexts = []
     for item in text.split(","):
-        match = re.fullmatch(r"(\d+)([KM]?)", item.strip().upper())
+        match = re.fullmatch(rf"(\d{{1,{_DIGITS}}})([KM]?)", item.strip().upper(), re.ASCII)
         if match is None or not int(match[1]):
-            raise HyLoError(f"{option} {text!r}: {item!r} is no number of tokens; expected 8192, 8K or 1M, by commas")
+            raise HyLoError(
+                f"{option} {text[:40]!r}: {item[:40]!r} is no number of tokens; expected 8192, 8K or 1M, by commas"
+            )
         contexts.append(int(match[1]) * _UNITS[match[2]])
     return contexts
 
 
 def parse_gib(text: str, option: str) -> int:
     """`80` or `80GiB` to bytes. Raises HyLoError, naming the option, on anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GIB)?", text.strip().upper())
+    match = re.fullmatch(rf"(\d{{1,{_DIGITS}}}(?:\.\d+)?)\s*(?:GIB)?", text.strip().upper(), re.ASCII)
     if match is None or not float(match[1]):
-        raise HyLoError(f"{option} {text!r}; expected GiB such as 80 or 80GiB")
+        raise HyLoError(f"{option} {text[:40]!r}; expected GiB such as 80 or 80GiB")
     return int(float(match[1]) * GIB)
 
 

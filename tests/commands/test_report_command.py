@@ -123,3 +123,25 @@ def test_a_run_without_its_recipe_is_named(run: Run, tmp_path: Path) -> None:
     result = run("run")
     assert isinstance(result.exception, HyLoError)
     assert "run.json is not as hylo writes it: KeyError 'recipe'" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"suites": {"perplexity": {"perplexity": "much"}}},
+        {"suites": {"ruler": {"lengths": {"4K": 3}}}},
+        {"suites": {"commonsense": [1, 2]}},
+        {"suites": []},
+        {"reference": 7, "suites": {"perplexity": None}},
+    ],
+)
+def test_results_that_were_changed_by_hand_are_told_in_one_line(
+    run: Run, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    odd = RESULTS | {"results": [RESULTS["results"][0] | changes]}
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    result = run("odd.json --output odd.html")
+    assert isinstance(result.exception, HyLoError), result.output
+    assert str(result.exception).startswith("odd.json")
+    assert "\n" not in str(result.exception)
+    assert not (tmp_path / "odd.html").exists()

@@ -32,7 +32,7 @@ def test_every_mixer_has_a_letter_of_its_own() -> None:
 def test_tokens_as_people_write_them() -> None:
     assert parse_contexts("8192, 8k,64K,1M") == [8192, 8192, 65536, 2**20]
     assert [format_tokens(tokens) for tokens in (8192, 2**21, 1000, 12_345)] == ["8K", "2M", "1,000", "12,345"]
-    for wrong in ("", "8G", "0", "8K,", "-8", "1.5K"):
+    for wrong in ("", "8G", "0", "8K,", "-8", "1.5K", "9" * 5000, "٣"):
         with pytest.raises(HyLoError, match="--context"):
             parse_contexts(wrong)
         with pytest.raises(HyLoError, match="--load"):
@@ -47,6 +47,6 @@ def test_memory_as_people_write_it() -> None:
         == 80 * GIB
     )
     assert parse_gib("0.5", "--gpu-memory") == GIB // 2
-    for wrong in ("", "80GB", "much", "0", "-1"):
+    for wrong in ("", "80GB", "much", "0", "-1", "9" * 400, "٣"):
         with pytest.raises(HyLoError, match="--gpu-memory"):
             parse_gib(wrong, "--gpu-memory")
