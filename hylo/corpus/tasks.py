@@ -277,6 +277,10 @@ def _places(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tupl
     return text, list(dict.fromkeys(asked))[:8]
 
 
+# Of tickets and lockers: all of a text are of one kind.
+_VALUES = (words.number, words.number, words.serial)
+
+
 def _listed(rng: random.Random, items: list[str]) -> str:
     """What ends a sentence that lists, after its verb."""
     form = rng.randrange(4)
@@ -312,7 +316,7 @@ def _tickets(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tup
     """Several values of a key, all of which are asked for, in the order of the text."""
     people = distinct(rng, words.person, max(3, _facts_in(rng, characters, 60, most=240) // 3))
     sizes = [rng.randint(1, 5) for _ in people]
-    tickets = distinct(rng, words.number, sum(sizes))
+    tickets = distinct(rng, rng.choice(_VALUES), sum(sizes))
     draws = [who for who, size in zip(people, sizes, strict=True) for _ in range(size)]
     rng.shuffle(draws)
     drawn: dict[str, list[str]] = {who: [] for who in people}
@@ -329,7 +333,7 @@ def _tickets(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tup
 def _lockers(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tuple[str, Asked]:
     """Values of several keys at once, in the order of the question."""
     people = distinct(rng, words.person, _facts_in(rng, characters, 60))
-    lockers = dict(zip(people, distinct(rng, words.number, len(people)), strict=True))
+    lockers = dict(zip(people, distinct(rng, rng.choice(_VALUES), len(people)), strict=True))
     facts = [f"{who} keeps the key to locker {locker}." for who, locker in lockers.items()]
     asked = []
     for _ in range(rng.randint(3, 6)):

@@ -147,12 +147,12 @@ def joined(values: list[str]) -> str:
 
 def tickets(text: str, question: str) -> str:
     who = asked(r"Which tickets did (.*) draw\?", question)
-    return joined(re.findall(rf"{who} drew ticket (\d+)\.", text))
+    return joined(re.findall(rf"{who} drew ticket ([\w-]+)\.", text))
 
 
 def lockers(text: str, question: str) -> str:
     people = re.split(", | and ", asked(r"To which lockers? do (.*) keep the keys\?", question))
-    kept = dict(found(r"([A-Z]\w+ [A-Z]\w+) keeps the key to locker (\d+)\.", text))
+    kept = dict(found(r"([A-Z]\w+ [A-Z]\w+) keeps the key to locker ([\w-]+)\.", text))
     return joined([kept[who] for who in people])
 
 
