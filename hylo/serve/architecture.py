@@ -34,6 +34,8 @@ def why_expanded(config: HyLoConfig) -> str | None:
         return None
     if not current_platform.is_cuda():
         return "vLLM has no kernels for latents on this device"
+    if not current_platform.has_device_capability(80):
+        return "prompts over latents are read by FlashAttention, which wants a GPU of compute capability 8.0"
     if envs.VLLM_MLA_DISABLE:
         return "VLLM_MLA_DISABLE is set"
     if mla_geometry(config).key_norm:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
+from hylo.files import expand_user
 from hylo.plan.quantities import parse_contexts
 from hylo.plan.source import read_config
 from hylo.serve.parallel import check_parallel
@@ -45,9 +48,9 @@ def serve_command(request: Request) -> list[str]:
     """`vllm serve` and its arguments. Raises HyLoError where the model cannot be served so."""
     if request.model.startswith("-"):
         raise HyLoError(f"{request.model}: expected the model first, and options of vllm serve after it")
-    config = served_config(request.model)
-    check_parallel(config, request.gpus)
     told = with_file(request.extra)
+    config = served_config(request.model, told)
+    check_parallel(config, request.gpus)
     length = longest(request, config, told)
     flags = {"--max-model-len": str(length)}
     # Without it a step reads the longest prompt whole; vLLM knows how large that makes it.
@@ -87,9 +90,16 @@ def most_requests(length: int) -> int:
     return MOST_REQUESTS if length <= LONG_CONTEXT else max(8, MOST_REQUESTS * LONG_CONTEXT // length)
 
 
-def served_config(model: str) -> HyLoConfig:
-    """The hybrid's config; no weights are read. Raises HyLoError where it is none."""
-    config = read_config(model)
+def served_config(model: str, told: tuple[str, ...]) -> HyLoConfig:
+    """The hybrid's config, from where vLLM is told to read it; no weights are read. Raises HyLoError on another."""
+    source, revision = value_of("--hf-config-path", told) or model, value_of("--revision", told)
+    if revision is not None and not expand_user(source).exists():
+        try:
+            source = hf_hub_download(source, "config.json", revision=revision)
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise HyLoError(f"--revision {revision}: the config.json of {source} could not be had: {reason}") from None
+    config = read_config(source)
     if not isinstance(config, HyLoConfig):
         raise HyLoError(f"{model} is a {config.model_type}, no hybrid; serve it with: vllm serve {model}")
     return config
@@ -128,8 +138,9 @@ def server_environment(request: Request, current: Mapping[str, str]) -> dict[str
     if importlib.util.find_spec("flashinfer") is None:
         # vLLM would ask for it to sample.
         ours["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    config = served_config(request.model)
-    if longest(request, config, with_file(request.extra)) > config.max_position_embeddings:
+    told = with_file(request.extra)
+    config = served_config(request.model, told)
+    if longest(request, config, told) > config.max_position_embeddings:
         # vLLM takes no more than the config says, for models whose angles are a table; ours are computed.
         ours["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     return ours | dict(current)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -45,15 +46,44 @@ def check_kernels(config: HyLoConfig) -> None:
             raise HyLoError(f"{mixer}: keys of {keys} values; vLLM's kernels take {MOST_KEYS} at most on a GPU")
 
 
-def check_dtypes(dtype: torch.dtype, cached: str) -> None:
-    """Raises HyLoError where latents could not be kept: they are in the model's dtype, one of 16 bits."""
+def check_dtypes(dtype: torch.dtype, cache: Any, latents: bool) -> None:
+    """Raises HyLoError where a cache could not be kept so: latents are of 16 bits, all but states of the model's dtype.
+
+    Args:
+        cache: vLLM's `cache_dtype`, `mamba_cache_dtype` and `mamba_ssm_cache_dtype`.
+        latents: whether any are kept.
+    """
     name = str(dtype).removeprefix("torch.")
-    if dtype not in (torch.bfloat16, torch.float16):
+    if latents and dtype not in (torch.bfloat16, torch.float16):
         raise HyLoError(
             f"dtype {name}: latents are served in bfloat16 or float16; VLLM_MLA_DISABLE=1 keeps keys and values instead"
         )
-    if cached not in ("auto", name):
-        raise HyLoError(f"kv-cache-dtype {cached}: latents are kept in {name}, the model's own; leave it out")
+    for flag, asked, kept in (
+        ("kv-cache-dtype", cache.cache_dtype, name),
+        ("mamba-cache-dtype", cache.mamba_cache_dtype, name),
+        ("mamba-ssm-cache-dtype", cache.mamba_ssm_cache_dtype, "float32"),
+    ):
+        if asked not in ("auto", kept):
+            raise HyLoError(f"{flag} {asked}: of a hybrid it is {kept}; leave it out")
+
+
+def check_options(vllm_config: "VllmConfig") -> None:
+    """Raises HyLoError where vLLM is asked for what hybrids do not have: some of it would be served, and wrong."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    connected = vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None
+    for asked, reason in (
+        (vllm_config.speculative_config is not None, "speculative decoding: a hybrid's states cannot be taken back"),
+        (model.quantization is not None, f"quantization {model.quantization}: hybrids are served as they were saved"),
+        (
+            max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+            "context parallel: a hybrid's cache is not shared by position; tensor parallel shares its heads",
+        ),
+        (connected, "KV connectors and offloading: a hybrid's states stay on their device"),
+        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT: a hybrid's sums depend on what else is in a step"),
+        (envs.VLLM_USE_V2_MODEL_RUNNER, "VLLM_USE_V2_MODEL_RUNNER: hybrids are served by vLLM's first runner"),
+    ):
+        if asked:
+            raise HyLoError(f"{reason}; leave it out")
 
 
 def _fill_pages(config: HyLoConfig, vllm_config: "VllmConfig") -> None:
@@ -76,12 +106,8 @@ class HyLoSettings(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         config: HyLoConfig = vllm_config.model_config.hf_config
         check_parallel(config, vllm_config.parallel_config.tensor_parallel_size)
-        if vllm_config.speculative_config is not None:
-            raise HyLoError("speculative decoding: a hybrid's states cannot be taken back; leave it out")
-        if vllm_config.model_config.quantization is not None:
-            raise HyLoError(
-                f"quantization {vllm_config.model_config.quantization}: hybrids are served as they were saved"
-            )
+        check_options(vllm_config)
+        check_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config, keeps_latents(config))
         if current_platform.is_cuda():
             check_kernels(config)
         if vllm_config.cache_config.enable_prefix_caching:
@@ -93,7 +119,6 @@ class HyLoSettings(VerifyAndUpdateConfig):
         if reason is not None:
             logger.info("MLA layers keep keys and values, not latents: %s", reason)
         if keeps_latents(config):
-            check_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype)
             from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
 
             vllm_config.attention_config.mla_prefill_backend = MLAPrefillBackendEnum.CUSTOM

@@ -59,6 +59,35 @@ def test_serve_reads_what_vllm_reads(mixed_folder: Path, tmp_path: Path) -> None
     assert "--max-num-batched-tokens" not in words
 
 
+def test_the_config_is_read_where_vllm_reads_it(
+    mixed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the revision that is served, from the hub's cache; or from the path that is named."""
+    longer = json.loads((mixed_folder / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    snapshots = tmp_path / "hub" / "models--some--hybrid" / "snapshots"
+    for commit, config in (("a" * 40, (mixed_folder / "config.json").read_text()), ("b" * 40, json.dumps(longer))):
+        (snapshots / commit).mkdir(parents=True)
+        (snapshots / commit / "config.json").write_text(config)
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "main").write_text("a" * 40)
+    (snapshots.parent / "refs" / "longer").write_text("b" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "my.yaml").write_text("revision: longer\n")
+    for extra, length in (
+        ([], "512"),
+        (["--tokenizer-revision", "longer"], "512"),
+        (["--revision", "longer"], "2048"),
+        (["--config", tmp_path / "my.yaml"], "2048"),
+        (["--hf-config-path", snapshots / ("b" * 40)], "2048"),
+    ):
+        words = run("serve", "some/hybrid", "--dry-run", *extra).stdout.split()
+        assert words[words.index("--max-model-len") + 1] == length, extra
+    request = Request("some/hybrid", context=1024, extra=("--revision=longer",))
+    assert "VLLM_ALLOW_LONG_MAX_MODEL_LEN" not in server_environment(request, {})
+    # Of a folder there is one.
+    assert run("serve", mixed_folder, "--dry-run", "--revision", "longer").exit_code == 0
+
+
 def test_a_block_of_a_kept_prefix_fits_a_step(tmp_path: Path) -> None:
     """Of the published 3B: a block is as large as a state, 12,432 tokens."""
     published_config("3b").save_pretrained(tmp_path / "3b")
@@ -83,6 +112,8 @@ def test_bad_input_is_one_line(mixed_folder: Path, base_folder: Path, tmp_path: 
         (("serve", "--port", "8000", mixed_folder), "--port: expected the model first"),
         (("serve", mixed_folder, "--config", "nowhere.yaml"), "--config nowhere.yaml: "),
         (("serve", mixed_folder, "--gpus", "3"), "expected one of 1, 2"),
+        (("serve", "some/hybrid", "--revision", "v2"), "--revision v2: the config.json of some/hybrid could"),
+        (("serve", mixed_folder, "--hf-config-path", missing), "does not exist"),
         (("bench", mixed_folder, "--load", "8K"), "--load '8K'"),
         (("bench", mixed_folder, "--load", "8K,x"), "--load '8K,x': 'x' is no number"),
         (("bench", mixed_folder, "--contexts", "x"), "--contexts 'x': 'x' is no number"),

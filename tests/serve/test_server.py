@@ -14,6 +14,16 @@ pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'hylo[ser
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "load.py"
 
 
+def test_each_of_several_servers_ends() -> None:
+    """What Python runs first in a process of `--api-server-count` limits how long that one waits for its clients."""
+    code = (
+        "import runpy, uvicorn; runpy.run_module('hylo.serve.start', run_name='__mp_main__'); "
+        "print(uvicorn.Config(None).timeout_graceful_shutdown)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["5"]
+
+
 @pytest.mark.skipif(
     "hylo" not in {point.name for point in entry_points(group="vllm.general_plugins")},
     reason="the entry point is not installed: pip install the package again",
