@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from vllm.triton_utils import tl, triton
 
+from hylo.serve.gpu.shared_memory import block_tokens, shared_by_programs
+
 # Query heads of a program: more would not fit in registers at the ranks that there are.
 HEADS_A_PROGRAM = 32
-# Tokens at a time, warps of a program, and reads in flight.
+# Tokens at a time, fewer where a GPU's programs share less; warps of a program, and reads in flight.
 BLOCK, WARPS, STAGES = 128, 4, 2
 # Pieces that are joined at a time.
 TILE = 32
@@ -150,6 +152,8 @@ def attend_pieces(query: Tensor, cache: Tensor, pages: Tensor, lengths: Tensor, 
     rope = query.shape[-1] - rank
     # No matrix product has fewer rows, or sums fewer channels, than sixteen.
     heads_up = max(16, min(HEADS_A_PROGRAM, triton.next_power_of_2(heads)))
+    rank_up, rope_up = (max(16, triton.next_power_of_2(size)) for size in (rank, rope))
+    block = block_tokens(BLOCK, heads_up, rank_up + rope_up, shared_by_programs(query.device))
     _attend[(batch, triton.cdiv(heads, heads_up), splits)](
         query,
         cache,
@@ -169,9 +173,9 @@ def attend_pieces(query: Tensor, cache: Tensor, pages: Tensor, lengths: Tensor, 
         PAGE=cache.shape[1],
         SPLITS=splits,
         HEADS_UP=heads_up,
-        RANK_UP=max(16, triton.next_power_of_2(rank)),
-        ROPE_UP=max(16, triton.next_power_of_2(rope)),
-        BLOCK=BLOCK,
+        RANK_UP=rank_up,
+        ROPE_UP=rope_up,
+        BLOCK=block,
         STAGES=STAGES,
         num_warps=WARPS,
     )
