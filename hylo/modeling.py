@@ -100,7 +100,8 @@ class HyLoPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["HyLoDecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
-    _supports_attention_backend = True
+    # None but our own: vLLM's --model-impl transformers would keep no state from step to step.
+    _supports_attention_backend = False
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": HyLoDecoderLayer}
 
     @torch.no_grad()

@@ -56,6 +56,7 @@ from hylo.upcycle.bases import (
 )
 from hylo.upcycle.calibrate import calibrate_checkpoint, check_latents
 from hylo.upcycle.convert import DTYPES, plan_conversion, write_checkpoint
+from hylo.upcycle.student import student_config
 from hylo.version import __version__
 
 _STEP_FILE = "step.json"
@@ -412,20 +413,8 @@ class UpcycleRun:
                     base, recipe.layout, recipe.geometry, start=recipe.start, rope_scaling=self._rope_scaling
                 )
                 return plan.config
-            folder = resolve_base(recipe.student)
-            if not folder.is_dir():
-                raise HyLoError(f"student {recipe.student} is a file; expected the folder of a hybrid")
-            config = load_text_config(folder)
-            if not isinstance(config, HyLoConfig):
-                raise HyLoError(
-                    f"student {recipe.student} is no hybrid but {config.model_type}; expected what hylo wrote"
-                )
             layerwise = any(stage.objective == "layerwise" for stage in recipe.stages)
-            for name in ("vocab_size", *(("hidden_size", "num_hidden_layers") if layerwise else ())):
-                ours, theirs = getattr(config, name), getattr(base.config, name)
-                if ours != theirs:
-                    raise HyLoError(f"student {recipe.student} has {name} {ours}, base {recipe.base} {theirs}")
-            return config
+            return student_config(recipe.student, base.config, layerwise)
 
     def _check_steps(self, config: HyLoConfig) -> None:
         """What later steps would refuse of the hybrid, and of text: too short for windows, or none that is left."""

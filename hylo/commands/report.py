@@ -44,7 +44,9 @@ def report(
     # What was read is looked at where it is shown: whoever edits such a file can make it anything.
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         named = ", ".join(map(str, places))
-        raise HyLoError(f"{named}: not as hylo writes it: {type(error).__name__} {error}") from error
+        raise HyLoError(
+            f"{named}: not as hylo writes it: {type(error).__name__} {' '.join(str(error).split())}"
+        ) from error
     for path, text in files:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

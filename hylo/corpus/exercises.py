@@ -20,7 +20,15 @@ _HELD_OUT_SHARE = 0.01
 # Folders whose text is paragraphs.
 _DISTRACTING = ("prose", "manuals", "held-out")
 _INTRODUCTIONS = ("", "", "Read this text; questions on it follow.", "Here are some notes.", "# Notes")
-_FORMS = (("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("- ", "\n  "), ("> ", "\n\n"))
+_FORMS = (
+    ("Question: ", "\nAnswer: "),
+    ("Q: ", "\nA: "),
+    ("", "\n"),
+    ("- ", "\n  "),
+    ("> ", "\n\n"),
+    ("", " "),
+    ("", " "),
+)
 
 
 class Distractors:
@@ -116,14 +124,8 @@ def as_text(exercise: Exercise, rng: random.Random) -> str:
     """The text, then questions and answers, in one of several forms."""
     introduction = rng.choice(_INTRODUCTIONS)
     before, between = rng.choice(_FORMS)
-    # Where answers are sentences, some follow at once on what was asked, as one goes on writing.
-    form = rng.random()
-    if form < 0.5:
-        asked = [f"{before}{each.question}{between}{each.answer}" for each in exercise.questions]
-    elif form < 0.75:
-        asked = [f"{before}{each.question}{between}{each.sentence or each.answer}" for each in exercise.questions]
-    else:
-        asked = [f"{each.question} {each.sentence or each.answer}" for each in exercise.questions]
+    sentences = rng.random() < 0.5
+    asked = [f"{before}{each.question}{between}{each.said(sentences)}" for each in exercise.questions]
     return "\n\n".join(part for part in (introduction, exercise.text, *asked) if part)
 
 
@@ -131,7 +133,6 @@ def as_chat(exercise: Exercise, sentences: bool = False) -> list[dict[str, str]]
     """The text with the first question, and the others one turn each; answered in `sentences` where there are such."""
     messages = []
     for number, each in enumerate(exercise.questions):
-        content = f"{exercise.text}\n\n{each.question}" if not number else each.question
-        answer = each.sentence if each.sentence and sentences else each.answer
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        content = each.question if number else f"{exercise.text}\n\n{each.question}"
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": each.said(sentences)}]
     return messages

@@ -24,6 +24,10 @@ class Question(NamedTuple):
     answer: str
     sentence: str = ""
 
+    def said(self, sentences: bool) -> str:
+        """The answer, as a sentence where that is asked for and there is one."""
+        return self.sentence if sentences and self.sentence else self.answer
+
 
 @dataclass(frozen=True)
 class Exercise:
@@ -339,10 +343,14 @@ def _lockers(rng: random.Random, paragraphs: Paragraphs, characters: int) -> tup
     for _ in range(rng.randint(3, 6)):
         chosen = rng.sample(people, rng.randint(1, min(5, len(people))))
         values = [lockers[who] for who in chosen]
-        several = "lockers" if len(chosen) > 1 else "locker"
-        question = f"To which {several} do {_joined(chosen)} keep the keys?"
-        sentence = f"The {several} of {_joined(chosen)} {'are' if len(chosen) > 1 else 'is'}{_listed(rng, values)}"
-        asked.append((question, _joined(values), sentence))
+        if len(chosen) > 1:
+            question, begin = (
+                f"To which lockers do {_joined(chosen)} keep the keys?",
+                f"The lockers of {_joined(chosen)} are",
+            )
+        else:
+            question, begin = f"To which locker does {chosen[0]} keep the key?", f"The locker of {chosen[0]} is"
+        asked.append((question, _joined(values), begin + _listed(rng, values)))
     return _hidden(rng, paragraphs, characters, facts), asked
 
 

@@ -14,8 +14,8 @@ from hylo.upcycle.families import check_family, check_named_family
 from hylo.upcycle.gguf_rope import restore_rope
 
 
-def read_config(reference: str) -> PreTrainedConfig:
-    """Reads a base's (or a hybrid's) config; of a hub id downloads config.json alone.
+def read_config(reference: str, revision: str | None = None) -> PreTrainedConfig:
+    """Reads a base's (or a hybrid's) config; of a hub id downloads config.json alone, of a `revision` of it.
 
     Raises HyLoError where there is none, or on a family or sizes that cannot be planned for.
     """
@@ -25,7 +25,7 @@ def read_config(reference: str) -> PreTrainedConfig:
         check_family(config, file)
         restore_rope(config, file)
         return config
-    file = _config_file(reference)
+    file = _config_file(reference, revision)
     check_named_family(read_json(file), file, HyLoConfig.model_type)
     config = load_config(file)
     if not isinstance(config, HyLoConfig):
@@ -33,7 +33,7 @@ def read_config(reference: str) -> PreTrainedConfig:
     return config
 
 
-def _config_file(reference: str) -> Path:
+def _config_file(reference: str, revision: str | None) -> Path:
     path = expand_user(reference)
     if path.is_dir():
         path = path / "config.json"
@@ -45,7 +45,11 @@ def _config_file(reference: str) -> Path:
     if len(parts) != 2 or not all(parts) or reference.startswith((".", "~")):
         raise HyLoError(f"{reference} does not exist; expected a model folder, a config.json, a .gguf file or a hub id")
     try:
-        return Path(hf_hub_download(reference, "config.json"))
+        return Path(hf_hub_download(reference, "config.json", revision=revision))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise HyLoError(f"{reference} is no local path, and its config.json could not be had: {reason}") from None
+        if revision is not None:
+            named = f"--revision {revision}: the config.json of {reference}"
+        else:
+            named = f"{reference} is no local path, and its config.json"
+        raise HyLoError(f"{named} could not be had: {reason}") from None

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from hylo.config import HyLoConfig
 from hylo.errors import HyLoError
-from hylo.files import expand_user
 from hylo.plan.quantities import parse_contexts
 from hylo.plan.source import read_config
 from hylo.serve.parallel import check_parallel
@@ -92,14 +89,7 @@ def most_requests(length: int) -> int:
 
 def served_config(model: str, told: tuple[str, ...]) -> HyLoConfig:
     """The hybrid's config, from where vLLM is told to read it; no weights are read. Raises HyLoError on another."""
-    source, revision = value_of("--hf-config-path", told) or model, value_of("--revision", told)
-    if revision is not None and not expand_user(source).exists():
-        try:
-            source = hf_hub_download(source, "config.json", revision=revision)
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise HyLoError(f"--revision {revision}: the config.json of {source} could not be had: {reason}") from None
-    config = read_config(source)
+    config = read_config(value_of("--hf-config-path", told) or model, value_of("--revision", told))
     if not isinstance(config, HyLoConfig):
         raise HyLoError(f"{model} is a {config.model_type}, no hybrid; serve it with: vllm serve {model}")
     return config

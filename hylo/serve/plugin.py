@@ -12,7 +12,6 @@ def register() -> None:
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     from hylo import HyLoConfig
-    from hylo.modeling import HyLoPreTrainedModel
     from hylo.serve.architecture import HyLoArchitecture
     from hylo.serve.settings import HyLoSettings
 
@@ -20,8 +19,6 @@ def register() -> None:
     _CONFIG_REGISTRY[HyLoConfig.model_type] = HyLoConfig
     MODEL_ARCH_CONFIG_CONVERTORS[HyLoConfig.model_type] = HyLoArchitecture
     MODELS_CONFIG_MAP[ARCHITECTURE] = HyLoSettings
-    # What vLLM asks the class on --model-impl transformers, by which no state would be kept from step to step.
-    HyLoPreTrainedModel._supports_attention_backend = False
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         # By name: a process that only schedules never imports the model.
         ModelRegistry.register_model(ARCHITECTURE, "hylo.serve.model:ServedHyLo")

@@ -151,7 +151,7 @@ def tickets(text: str, question: str) -> str:
 
 
 def lockers(text: str, question: str) -> str:
-    people = re.split(", | and ", asked(r"To which lockers? do (.*) keep the keys\?", question))
+    people = re.split(", | and ", asked(r"To which lockers? do(?:es)? (.*) keep the keys?\?", question))
     kept = dict(found(r"([A-Z]\w+ [A-Z]\w+) keeps the key to locker ([\w-]+)\.", text))
     return joined([kept[who] for who in people])
 

@@ -26,14 +26,18 @@ def test_families(tmp_path: Path, family: str) -> None:
 
 def test_a_hub_id_downloads_its_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, asked = write_config(tmp_path, LLAMA_1B), []
+    revisions: list[str | None] = []
 
-    def download(*arguments: str) -> str:
+    def download(*arguments: str, revision: str | None) -> str:
         asked.append(arguments)
+        revisions.append(revision)
         return str(file)
 
     monkeypatch.setattr(source, "hf_hub_download", download)
     assert read_config(LLAMA_1B).num_hidden_layers == 16
     assert asked == [(LLAMA_1B, "config.json")]
+    read_config(LLAMA_1B, "v2")
+    assert revisions == [None, "v2"]
     assert source.hf_hub_download is not huggingface_hub.hf_hub_download
 
 
